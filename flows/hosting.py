@@ -24,7 +24,7 @@ from flows.drive.reconcile import driven_here
 from flows.drive.run import Board, NoBoard, Prepared
 from flows.drive.train import Run, make_driver
 from flows.page import Page
-from flows.prefect_api import Client, Configured, PrefectSettingsError, answers, configured
+from flows.prefect_api import Client, Configured, PrefectSettingsError, answers, configured, without_api
 from flows.prefect_server import PrefectServer
 from flows.show.lines import Lines
 
@@ -63,8 +63,8 @@ class Prefect:
             if not answers(self._found.url) and not self._told:
                 self._told = True
                 self.say(
-                    f"Prefect does not answer at {self._found.shown} ({self._found.source}): going on without it (the "
-                    "log in the store has everything); its page is written where it comes back"
+                    f"Prefect does not answer at {self._found.shown} ({self._found.source}){without_api(self._found)}: "
+                    "going on without it (the log in the store has everything); its page is written where it comes back"
                 )
             return Client.connect(None)
         assert self.own is not None
@@ -77,7 +77,7 @@ class Prefect:
         if ended or time.monotonic() - self._began > SERVER_UP_S:
             self._dead = True
             where = f"; its log is {self.own.log}" if self.own.log else ""
-            self.say(f"Prefect's own server did not come up: going on without its page{where}")
+            self.say(f"Prefect's own server did not come up: going on without its page{where}{self.own.no_home()}")
         return None
 
     @property

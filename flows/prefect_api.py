@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import http.client
 import os
 import re
 import time
@@ -114,14 +115,28 @@ def configured() -> Configured | None:
         ) from error
     if not url:
         return None
+    found = Configured(url, _source(PREFECT_API_URL in context.profile.settings, context.profile.name))
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or re.search(r"[\s\"']", url):
+        raise PrefectSettingsError(
+            f"Prefect's API is {found.shown!r} ({found.source}), which is no address; write it as "
+            "http://host:4200/api, without quotes or blanks"
+        )
+    return found
+
+
+def _source(of_profile: bool, profile: str) -> str:
+    """Which setting names the API."""
     if os.environ.get("PREFECT_API_URL"):
-        return Configured(url, "PREFECT_API_URL")
+        return "PREFECT_API_URL"
     for name in (".env", "prefect.toml", "pyproject.toml"):
         if _names_url(Path(name)):
-            return Configured(url, name)
-    if PREFECT_API_URL in context.profile.settings:
-        return Configured(url, f"the Prefect profile {context.profile.name!r}")
-    return Configured(url, "Prefect's settings")
+            return name
+    return f"the Prefect profile {profile!r}" if of_profile else "Prefect's settings"
 
 
 def _names_url(path: Path) -> bool:
@@ -146,10 +161,15 @@ def why_not(found: Configured) -> str:
     except Refused as error:
         return f"Prefect at {url} ({found.source}) refuses: {error}"
     except Gone as error:
-        if not url.endswith("/api") and answers(f"{found.url.rstrip('/')}/api"):
-            return f"nothing answers at {url} ({found.source}), but a server does at {url}/api: set that"
-        return f"nothing answers at {url} ({found.source}): {error}"
+        return f"nothing answers at {url} ({found.source})" + (without_api(found) or f": {error}")
     return ""
+
+
+def without_api(found: Configured) -> str:
+    """What to say of an address that lacks its end, where a server answers at the whole one; empty otherwise."""
+    if found.url.rstrip("/").endswith("/api") or not answers(f"{found.url.rstrip('/')}/api"):
+        return ""
+    return f", but a server does at {found.shown.rstrip('/')}/api: set that"
 
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:
@@ -162,8 +182,16 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             return bool(reply.status == 200)
-    except (OSError, ValueError, urllib.error.URLError):
+    except (OSError, ValueError, urllib.error.URLError, http.client.HTTPException):
         return False
+
+
+def _login_form() -> str:
+    """What PREFECT_API_AUTH_STRING should look like, where it does not; never its value."""
+    said = os.environ.get("PREFECT_API_AUTH_STRING", "")
+    if not said or (":" in said and said.strip(" \t\r\n\"'") == said):
+        return ""
+    return " (PREFECT_API_AUTH_STRING is user:password as the server has it, without quotes, blanks or a line's end)"
 
 
 # --- the client -----------------------------------------------------------------------------------------------
@@ -208,7 +236,13 @@ class Client:
         context = SettingsContext(profile=known.profile, settings=quick)
         context.__enter__()  # of this thread alone
         settings: dict[str, Any] = {"timeout": httpx.Timeout(TIMEOUT_S)}
-        inner = SyncPrefectClient(url, httpx_settings=settings) if url else get_client(settings, sync_client=True)
+        try:
+            inner = SyncPrefectClient(url, httpx_settings=settings) if url else get_client(settings, sync_client=True)
+        except httpx.InvalidURL as error:  # its own address is one: `configured`
+            context.__exit__(None, None, None)
+            raise Refused(
+                f"a proxy is no address ({error}): write HTTP_PROXY, HTTPS_PROXY and ALL_PROXY as http://host:port"
+            ) from error
         return cls(inner, without_login(str(inner.api_url)).rstrip("/"), lambda: context.__exit__(None, None, None))
 
     def close(self) -> None:
@@ -240,7 +274,7 @@ class Client:
             if code in (401, 403):
                 raise Refused(
                     f"{code}: the API key or password is not accepted; see PREFECT_API_KEY, PREFECT_API_AUTH_STRING "
-                    "and `prefect cloud login`"
+                    f"and `prefect cloud login`{_login_form()}"
                 ) from error
             if code in (404, 410):
                 raise Lost(f"{code}: it does not know what it was told before") from error

@@ -80,6 +80,16 @@ class PrefectServer:
                 args, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
+    def no_home(self) -> str:
+        """What to say where it has no folder to write to; empty where it has one."""
+        named = str(self.home) if self.home else os.environ.get("PREFECT_HOME") or os.path.expanduser("~/.prefect")
+        there = Path(named).absolute()
+        while not there.exists():
+            there = there.parent
+        if os.access(there, os.W_OK):
+            return ""
+        return f"; it keeps its data in {named}, which cannot be written: name another folder with PREFECT_HOME"
+
     def wait(self, timeout_s: float = 90.0) -> bool:
         """True once it answers; False where it died or did not in time (its log is ``home/server.log``)."""
         deadline = time.monotonic() + timeout_s

@@ -247,7 +247,8 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
 
 def _unsent(error: BaseException, what: str, store: str) -> StoreRefused | None:
     """What never left this machine: an HTTP client did not take the credentials, or the name of a proxy."""
-    inner = error.kwargs.get("error") if isinstance(error, botocore.exceptions.HTTPClientError) else None
+    told = getattr(error, "kwargs", {}) if isinstance(error, botocore.exceptions.HTTPClientError) else {}
+    inner = told.get("error")
     if not isinstance(inner, ValueError):
         return None
     if "header value" in str(inner):  # which holds them

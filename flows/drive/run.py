@@ -276,6 +276,8 @@ def find_run(store: Store, name: str) -> str:
     """The full name of a run, from it, from the name in its spec, or from a beginning, where only one run has that.
     Raises SpecError otherwise.
     """
+    if not name.strip():  # of one run alone every name is a beginning
+        raise SpecError("the name of the run is empty: write it; is a variable of the shell unset?")
     names = list(run_names(store))
     if name in names:
         return name

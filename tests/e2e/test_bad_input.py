@@ -25,6 +25,7 @@ import pytest
 
 from checkpoint.codec import pack
 from checkpoint.store import open_store
+from tests.support.chaos import ask_to_stop
 from tests.support.hostile_s3 import hostile_s3
 from tests.support.place import LONG_STEPS, STEPS, Done, Place, finish
 from tests.support.wait import wait_for
@@ -235,7 +236,7 @@ def test_a_damaged_checkpoint_is_said_loudly_and_the_one_before_is_used(
 ) -> None:
     run, digest = undisturbed
     store = place.run_folder(run)
-    done = stop_at(place, lambda: len(list(store.glob("manifests/*/manifest"))) > 1, "two checkpoints", signal.SIGTERM)
+    done = stopped_after(place, lambda: len(list(store.glob("manifests/*/manifest"))) > 1, "two checkpoints")
     assert done.code == STOPPED, done.err
     place.all_gone()
     newest = max((store / what).iterdir(), key=lambda folder: folder.name)
@@ -261,7 +262,7 @@ def test_a_run_without_a_sound_checkpoint_does_not_begin_again_by_itself(
     store = place.run_folder(run)
     spec = place.folder / "spec.toml"
     spec.write_text(spec.read_text().replace("every = 4", "every = 20"))  # few checkpoints: each is read twice
-    done = stop_at(place, lambda: list(store.glob("manifests/*/manifest")), "a checkpoint", signal.SIGTERM)
+    done = stopped_after(place, lambda: list(store.glob("manifests/*/manifest")), "a checkpoint")
     assert done.code == STOPPED, done.err
     place.all_gone()
     for manifest in store.glob("manifests/*/manifest"):
@@ -435,6 +436,14 @@ def stop_at(place: Place, look: Callable[[], object], what: str, number: int) ->
     return finish(process)
 
 
+def stopped_after(place: Place, look: Callable[[], object], what: str) -> Done:
+    """Start, wait for the moment, by which ranks train, and have the gang stop."""
+    process = place.start_train()
+    wait_for(look, what, 60)
+    ask_to_stop(process, signal.SIGTERM, place.folder / "out")
+    return finish(process)
+
+
 def test_stopped_while_data_is_prepared(place: Place, undisturbed: tuple[str, str]) -> None:
     corpus = place.folder / "corpus"
     words = random.Random(1)
@@ -478,7 +487,7 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     place.all_gone()
 
     before = steps()
-    done = stop_at(place, lambda: steps() > before, "a step", signal.SIGTERM)
+    done = stopped_after(place, lambda: steps() > before, "a step")
     assert done.code == STOPPED, done.err
     middle = done.json()["step"]
     assert 0 < middle < LONG_STEPS

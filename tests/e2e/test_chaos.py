@@ -13,6 +13,7 @@ import pytest
 from tests.support.chaos import (
     PLACES,
     Fault,
+    ask_to_stop,
     draw,
     frozen,
     kill_between_attempts,
@@ -158,21 +159,13 @@ def test_stop_then_resume_on_other_layouts(place: Place, undisturbed: tuple[str,
             "a newer checkpoint",
             60,
         )
-        with frozen(place.folder / "out", 0):
-            process.send_signal(number)
-            wait_for(lambda: _asked_to_stop(place), "the supervisor to be asked to stop", 60)
+        ask_to_stop(process, number, place.folder / "out")
         out, err = process.communicate(timeout=60)
         assert process.returncode == 85, err.decode()
         saved.append(json.loads(out)["step"])
     assert saved[0] < saved[1] < STEPS
     told = json.loads(place.run("runs", "resume", run, "--no-prefect", "--json", "--set", "parallel.stages=1"))
     assert (told["outcome"], told["state_digest"]) == ("succeeded", digest)
-
-
-def _asked_to_stop(place: Place) -> bool:
-    """The newest launch's supervisor has heard SIGTERM."""
-    logs = sorted(place.folder.glob("out/runs/*/*/node0/supervisor.log"), key=lambda p: p.stat().st_mtime)
-    return "asked to stop" in logs[-1].read_text()
 
 
 def test_a_second_train_attaches(place: Place, undisturbed: tuple[str, str]) -> None:

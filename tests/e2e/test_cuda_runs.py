@@ -16,7 +16,7 @@ import pytest
 
 from checkpoint.agent.devices import NoDevice, choose, read_devices
 from tests.engine import cuda_lib
-from tests.support.chaos import frozen
+from tests.support.chaos import ask_to_stop
 from tests.support.leftover import expect_none
 from tests.support.place import Place, finish
 from tests.support.wait import wait_for
@@ -140,10 +140,6 @@ def test_what_a_machine_lacks_is_said_in_one_line(library: Path, env: dict[str, 
         assert choose("auto", 2, read_devices(told.stdout)).note.startswith("on the CPU: ")
 
 
-def supervisor_log(place: Place) -> str:
-    return "".join(path.read_text() for path in place.folder.glob("out/runs/*/*/node0/supervisor.log"))
-
-
 def test_a_run_s_products_go_by_its_own_algorithms(library: Path, tmp_path: Path) -> None:
     """Kernel path cuda: stopped, and gone on with on one stage where another algorithm would be the fastest by now, a
     run has the bits of one that was never stopped.
@@ -170,9 +166,7 @@ def test_a_run_s_products_go_by_its_own_algorithms(library: Path, tmp_path: Path
         process = stopped.start_train(*sets)
         runs = stopped.folder / "store" / "runs"
         wait_for(lambda: any(runs.glob("*/manifests/*/manifest")), "a checkpoint", 60)
-        with frozen(stopped.folder / "out", 0):
-            process.send_signal(signal.SIGTERM)
-            wait_for(lambda: "asked to stop" in supervisor_log(stopped), "the supervisor to be asked to stop", 60)
+        ask_to_stop(process, signal.SIGTERM, stopped.folder / "out")
         assert finish(process).code == 85
         (kept,) = runs.glob("*/algorithms")
         before = {path.name: path.read_bytes() for path in kept.iterdir()}

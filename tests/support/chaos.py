@@ -94,6 +94,20 @@ def frozen(work: Path, rank: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
+def ask_to_stop(process: subprocess.Popen[bytes], number: int, work: Path) -> None:
+    """A signal to the command that drives the gang below the folder. Rank 0 stands still until its supervisor has been
+    asked to stop: the run cannot end before that.
+    """
+
+    def asked() -> bool:
+        logs = sorted(work.glob("runs/*/*/node0/supervisor.log"), key=lambda path: path.stat().st_mtime)
+        return "asked to stop" in logs[-1].read_text()
+
+    with frozen(work, 0):
+        process.send_signal(number)
+        wait_for(asked, "the supervisor to be asked to stop", 60)
+
+
 def spoil_arenas(work: Path) -> int:
     """Fill what a supervisor below the folder keeps for its ranks with ones (NaN as a number); none of them may run."""
     supervisor = _of_kind(work, "supervisor")

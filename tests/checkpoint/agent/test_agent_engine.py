@@ -55,10 +55,19 @@ def idle(run: Run, epoch: int, nodes: int = 1) -> list[dict[str, Any]]:
 
 
 def reached(run: Run, step: int) -> dict[str, Any]:
-    """The status of node 0 once its rank 0 has done this step."""
-    return wait_for(
-        lambda: (s := run.status()) and s["ranks"].get("0", {"step": 0})["step"] >= step and s, f"step {step}", 60
-    )
+    """The status of node 0 once its rank 0 is at this step: looked for at the rank itself, since what its agent writes
+    lags behind, and the run may be over by then.
+    """
+
+    def running() -> dict[str, Any] | None:
+        found = run.status()
+        return (
+            found if found and found["phase"] == "running" and all(r["pid"] for r in found["ranks"].values()) else None
+        )
+
+    status = wait_for(running, "the ranks", 60)
+    wait_for(lambda: (step_of(status["ranks"]["0"]["pid"]) or 0) >= step, f"step {step}", 60)
+    return status
 
 
 def spec_of(**changes: Any) -> RunSpec:

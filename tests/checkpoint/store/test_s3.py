@@ -358,6 +358,8 @@ def made(kind: type[BaseException]) -> BaseException:
     """An exception of this class, whatever arguments it wants."""
     if issubclass(kind, botocore.exceptions.ClientError):
         return kind({"Error": {"Code": "Odd", "Message": "m"}}, "PutObject")
+    if issubclass(kind, botocore.exceptions.HTTPClientError):
+        return kind(error=OSError("below it"), endpoint_url="http://there", proxy_url="http://between")
     if kind is http.client.IncompleteRead:
         return kind(b"", 5)
     if kind is urllib3.exceptions.IncompleteRead:

@@ -78,6 +78,13 @@ def test_the_name_in_a_spec_is_a_runs_name_also_where_others_begin_with_it(copy:
         find_run(store, name)
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_beginning_of_the_only_run(copy: Copy, name: str) -> None:
+    """``hotstage runs cancel "$RUN"``, where the shell has no such variable."""
+    with pytest.raises(SpecError, match="the name of the run is empty: write it; is a variable of the shell unset"):
+        find_run(open_store(copy.url), name)
+
+
 def test_who_looks_writes_no_plan(copy: Copy, tmp_path: Path) -> None:
     """An identity that may only read exports, generates and reports."""
     store = open_store(copy.url)

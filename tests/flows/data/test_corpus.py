@@ -1,18 +1,14 @@
-"""The files of a corpus as people have them: patterns, encodings, archives, JSON that is none, words of megabytes."""
+"""What is in the files of a corpus as people have them: encodings, archives, JSON that is none, words of megabytes."""
 
 from __future__ import annotations
 
 import bz2
-import contextlib
-import glob
 import hashlib
 import json
 import logging
 import lzma
-import os
 import random
 import signal
-import socket
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -23,11 +19,7 @@ import pytest
 from checkpoint.store import Store, open_store
 from flows.data import documents, load_tokenizer, prepare
 from flows.data.prepare import telling
-from flows.data.sources import files as sources_of
-from flows.data.sources.files import CHUNK
-from flows.data.sources.paths import files_of
 from flows.data.tokenizer import LONG_WORD, cut_long_words
-from tests.checkpoint.store.test_file_store import in_child
 from tests.support.place import Place, finish
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError
@@ -88,191 +80,6 @@ def test_datasets_of_before_are_found_again(here: Path, store: Store, source: st
     dataset = prepare(DataSpec(source=source, vocab_size=300, shard_tokens=1024), store)
     assert [info.key[12:28] for info in store.list("data/inputs/")] == [inputs]
     assert tokens_digest(store, dataset) == tokens
-
-
-# --- patterns -----------------------------------------------------------------------------------------------
-
-
-def test_a_pattern_matches_what_glob_matches(here: Path) -> None:
-    dice = random.Random(11)
-    names = ["a", "b.txt", "[c]", ".d", "e f", "*x", "g?h", "ü", "{i}"]
-    for _ in range(60):
-        fill(
-            "/".join(["c", *dice.choices(names[:4], k=dice.randrange(3)), f"f{dice.randrange(9)}{dice.choice(names)}"])
-        )
-    os.symlink("a", "c/link")
-    for pattern in (
-        *("c/*", "c/**", "c/**/*", "c/**/*.txt", "**/f1*", "c/*/*", "c/*/**/*", "c/.*/*", "c/[ab]/*", "c/**/f[!0-4]*"),
-        *(
-            "c/f?a",
-            "c//*",
-            "./c/*",
-            "c/b.txt/../*",
-            "c/./*",
-            "c/f1a/*",
-            "c/../c/*",
-            f"{here}/c/**/*",
-            "c/**/**/f*",
-            "c/?/*",
-            "c/link/*",
-            "c/fa",
-            "c/**/a/*",
-        ),
-    ):
-        want = sorted({p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)})
-        try:
-            got = files_of(f"text:{pattern}")
-        except DatasetError:
-            got = []
-        assert sorted(map(os.path.normpath, got)) == sorted(map(os.path.normpath, want)), pattern
-
-
-@pytest.mark.parametrize(
-    ("file", "source", "proposal"),
-    [
-        ("[2024] logs/a.txt", "text:[2024] logs/*.txt", "text:[[]2024] logs/*.txt"),
-        ("c/a[1].txt", "text:c/a[1].txt", "text:c/a[[]1].txt"),
-        ("c/what?!/x.txt", "text:c/what?!/x.txt", ""),
-        ("c/x/a.txt", "text:c", "text:c/**/*"),
-        ("c/x/a.txt", "text:c/", "text:c/**/*"),
-        ("c/x/a.txt", "jsonl:./c", "jsonl:./c/**/*"),
-        ("[c]/x/a.txt", "text:[c]", "text:[[]c]/**/*"),
-        ("c/x/a.txt", "text:c/*", "text:c/*/**/*"),
-        ("c/x/a.txt", "text:c/*/", "text:c/*/**/*"),
-        ("Corpus/a.txt", "text:corpus/*.txt", "there is no corpus, but Corpus"),
-        ("c/readme.txt", "text:c/README.txt", "there is no c/README.txt, but c/readme.txt"),
-        ("corpus/a.txt", "text:corpsu/*.txt", "but corpus"),
-        ("c/.hidden.txt", "text:c/*.txt", "begins with a dot"),
-        ("c/.h/a.txt", "text:c/**/*.txt", "begins with a dot"),
-        ("c/a.txt", "text:c/{a,b}.txt", "braces are taken literally"),
-        ("c/a.txt", "text:c/[x].md", r"written [[]"),
-        ("c/a.txt", "text:~nobody-here/*.txt", "matches no file"),
-        ("c/a.txt", "text:../*/none/*.txt", "matches no file"),
-        ("c/a.txt", "text:\0", "NUL"),
-        ("c/a.txt", "text:https://example.org/a.txt", "it is an address"),
-        ("c/a.txt", "text:c\\*.txt", "text:c/*.txt"),
-        ("c/a.txt", "text:C:\\c\\*.txt", "such as text:/c/*.txt"),
-        ("c/a.txt", "text:C:\temp/*.txt", "control character"),
-        ("c/a.txt", "text:file:///c/*.txt", "write the path alone: text:/c/*.txt"),
-        ("c/A.TXT", "text:c/*.txt", "1 file(s) match but for small and capital letters"),
-        ("c/a.txt", "text:$HOME/c/*.txt", "variables of the shell are not replaced"),
-        ("c/a.txt", "text:c/a.txt,text:c/b.txt", "a comma is part of a name"),
-    ],
-)
-def test_a_pattern_that_matches_nothing_says_what_is_meant(here: Path, file: str, source: str, proposal: str) -> None:
-    fill(file)
-    if not proposal:
-        assert texts(source) == [WORDS]
-        return
-    with pytest.raises(DatasetError) as caught:
-        texts(source)
-    assert proposal in str(caught.value), str(caught.value)
-    if proposal.startswith(("text:", "jsonl:")):  # what it proposes works
-        assert files_of(proposal)
-
-
-def test_names_that_hold_anything(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill("~/a.txt", "x: y/{1}/b.txt", "c/-rf", "c/new\nline", os.fsdecode(b"c/\xff\xfe"))
-    monkeypatch.setenv("HOME", str(here / "c"))
-    assert len(texts("text:~/*")) == 3
-    assert len(texts("text:./~/*")) == 1
-    assert len(texts("text:x: y/{1}/*.txt")) == 1
-
-
-def test_a_link_that_leads_back_is_no_flood(here: Path) -> None:
-    fill("c/d/a.txt")
-    os.symlink("..", "c/d/up")
-    os.symlink(".", "c/self")
-    assert len(files_of("text:c/**/*.txt")) < 8
-    assert "c/d/a.txt" in files_of("text:c/**/*.txt")
-
-
-def test_what_is_no_file_is_named(here: Path) -> None:
-    fill("c/a.txt", "c/folder.txt/b.txt")
-    assert len(texts("text:c/*.txt")) == 1  # the folder is none
-    os.mkfifo("c/pipe.txt")
-    with pytest.raises(DatasetError, match=r"c/pipe.txt is no regular file"):
-        texts("text:c/*.txt")
-    os.unlink("c/pipe.txt")
-    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir("c"):
-        server.bind("s.txt")
-    with pytest.raises(DatasetError, match=r"c/s.txt is no regular file"):
-        texts("text:c/*.txt")
-    os.unlink("c/s.txt")
-    os.symlink("nowhere", "c/link.txt")
-    with pytest.raises(DatasetError, match=r"c/link.txt is a link to nothing \(nowhere\)"):
-        texts("text:c/*.txt")
-    os.unlink("c/link.txt")
-    os.symlink("round.txt", "c/round.txt")
-    with pytest.raises(DatasetError, match="is a link to nothing"):
-        texts("text:c/*.txt")
-
-
-def test_what_may_not_be_read_is_named(here: Path) -> None:
-    fill("c/a.txt", "c/d/b.txt")
-    for folder in [here, *here.parents][:3]:
-        folder.chmod(folder.stat().st_mode | 0o055)
-    Path("c/a.txt").chmod(0)
-
-    def file() -> None:
-        if os.geteuid() == 0:
-            os.setuid(65534)
-        with pytest.raises(DatasetError, match=r"c/a.txt cannot be read: Permission denied"):
-            texts("text:c/*.txt")
-
-    in_child(file)
-    Path("c/a.txt").chmod(0o644)
-    Path("c/d").chmod(0)
-
-    def folder_below() -> None:
-        if os.geteuid() == 0:
-            os.setuid(65534)
-        with pytest.raises(DatasetError, match=r"c/d of the corpus cannot be listed: Permission denied"):
-            texts("text:c/**/*.txt")
-
-    in_child(folder_below)
-    Path("c/d").chmod(0o755)
-    with pytest.raises(DatasetError, match="cannot be read"):
-        texts("text:/proc/self/mem")
-
-
-def test_a_file_that_vanishes_or_grows_meanwhile(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill("c/a.txt", "c/b.txt")
-    reading = documents("text:c/*.txt")
-    next(reading)
-    os.unlink("c/b.txt")
-    with pytest.raises(DatasetError, match=r"c/b.txt vanished"):
-        next(reading)
-
-    seen = iter([True, False])
-    true_fstat = os.fstat
-
-    def fstat(descriptor: int) -> os.stat_result:
-        result = true_fstat(descriptor)
-        if next(seen, False):
-            with open("c/a.txt", "a") as file:
-                file.write("more")
-        return result
-
-    monkeypatch.setattr(sources_of.os, "fstat", fstat)
-    with pytest.raises(DatasetError, match=r"c/a.txt changed while it was read"):
-        texts("text:c/*.txt")
-
-
-def test_damage_that_somebody_writes_meanwhile_is_told_as_a_change(here: Path) -> None:
-    line = json.dumps({"text": WORDS}) + "\n"
-    Path("a.jsonl").write_text(line * (5 * CHUNK // 2 // len(line)))
-    reading = documents("jsonl:a.jsonl")
-    next(reading)
-    os.truncate("a.jsonl", CHUNK + 1)
-    with pytest.raises(DatasetError, match=r"a.jsonl changed while it was read"):
-        list(reading)
-
-
-def test_a_name_with_a_line_end_stays_on_a_line(here: Path) -> None:
-    fill("c/a\nb.jsonl")
-    with pytest.raises(DatasetError, match=r"^c/a\\nb.jsonl:1 is no JSON object"):
-        texts("jsonl:c/*")
 
 
 # --- what is in the files -----------------------------------------------------------------------------------
