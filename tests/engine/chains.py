@@ -20,7 +20,8 @@ def _fma32(a: Array, b: Array, c: Array) -> Array:
     return bits.view(np.float64).astype(np.float32)
 
 
-def _flushed(x: Array) -> Array:
+def flushed(x: Array) -> Array:
+    """Denormal numbers are zero of their sign."""
     return np.where(np.abs(x) < np.float32(2.0**-126), np.copysign(np.float32(0), x), x)
 
 
@@ -28,7 +29,7 @@ def _fma32_flushed(a: Array, b: Array, c: Array) -> Array:
     """The same, where denormal operands and results are zero of their sign. What is denormal is said after rounding to
     24 bits of whatever exponent: there the sum is computed 2^100 times as large.
     """
-    a, b, c = _flushed(a), _flushed(b), _flushed(c)
+    a, b, c = flushed(a), flushed(b), flushed(c)
     small = np.abs(a.astype(np.float64) * b + c) < 2.0**-100
     up = np.float32(2.0**50)
     with np.errstate(over="ignore", invalid="ignore"):

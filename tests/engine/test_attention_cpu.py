@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tests.engine.chains import chain_of, least_numbers
+from tests.engine.chains import chain_of, flushed, least_numbers
 from tests.engine.kernel_lib import CPU_PATHS, Array, KernelLib, decode, encode
 from trainer import wire
 
@@ -133,8 +133,7 @@ def test_bf16_adds_in_pairs(kernels: KernelLib, set_name: str, t: int) -> None:
 
     dq, dk, dv = igrad_of(kernels, wire.BF16, dy, y, [q, k, v], np.zeros((1, t), np.float32), set_name)
     scale = np.float32(d**-0.5)
-    dp = chain_of(dyf, vf, np.zeros((t, t), np.float32), wire.BF16) * seen
-    dp = np.where(np.abs(dp) < np.float32(2.0**-126), np.copysign(np.float32(0), dp), dp)
+    dp = flushed(chain_of(dyf, vf, np.zeros((t, t), np.float32), wire.BF16) * seen)
     ds = decode(encode(dp, wire.BF16), wire.BF16).astype(np.float32)
     assert (np.abs(ds) > 0).mean() > 0.2
     assert (np.abs(dp) < 2.0**-120).any()

@@ -147,25 +147,18 @@ def test_what_may_not_be_read_is_named(here: Path) -> None:
     fill("c/a.txt", "c/d/b.txt")
     for folder in [here, *here.parents][:3]:
         folder.chmod(folder.stat().st_mode | 0o055)
-    Path("c/a.txt").chmod(0)
 
-    def file() -> None:
+    def refused(source: str, says: str) -> None:
         if os.geteuid() == 0:
             os.setuid(65534)
-        with pytest.raises(DatasetError, match=r"c/a.txt cannot be read: Permission denied"):
-            texts("text:c/*.txt")
+        with pytest.raises(DatasetError, match=says):
+            texts(source)
 
-    in_child(file)
+    Path("c/a.txt").chmod(0)
+    in_child(lambda: refused("text:c/*.txt", r"c/a.txt cannot be read: Permission denied"))
     Path("c/a.txt").chmod(0o644)
     Path("c/d").chmod(0)
-
-    def folder_below() -> None:
-        if os.geteuid() == 0:
-            os.setuid(65534)
-        with pytest.raises(DatasetError, match=r"c/d of the corpus cannot be listed: Permission denied"):
-            texts("text:c/**/*.txt")
-
-    in_child(folder_below)
+    in_child(lambda: refused("text:c/**/*.txt", r"c/d of the corpus cannot be listed: Permission denied"))
     Path("c/d").chmod(0o755)
     with pytest.raises(DatasetError, match="cannot be read"):
         texts("text:/proc/self/mem")

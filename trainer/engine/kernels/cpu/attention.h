@@ -66,6 +66,25 @@ typedef struct attention_job {
     int dt;
 } attention_job;
 
+/* The arguments of the one that runs are still to be set. first, window: of kernels/attention.h. */
+static attention_job attention_job_of(const hs_kernel_ctx *ctx, int dt, int64_t T, int64_t H,
+                                      int64_t G, int64_t D, double scale, const int32_t *first,
+                                      int64_t window) {
+    return (attention_job){.scratch = ctx->scratch,
+                           .T = T,
+                           .H = H,
+                           .G = G,
+                           .D = D,
+                           .wide = wide_of(D),
+                           .pairs = by_pairs(dt),
+                           .deep = packed_length(D, by_pairs(dt)),
+                           .first = first,
+                           .window = window,
+                           .banded = first || window,
+                           .scale = (float)scale,
+                           .dt = dt};
+}
+
 /* The first key that row t reads. */
 static int64_t low_of(const attention_job *j, int64_t b, int64_t t) {
     return hs_first_read(j->first, b * j->T + t, t, j->window);

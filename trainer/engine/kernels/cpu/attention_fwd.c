@@ -196,19 +196,8 @@ static void attention_fwd_range(void *ctx, int64_t begin, int64_t end, int worke
 }
 
 static void attention_fwd_op(hs_kernel_ctx *ctx, hs_attention_fwd_args *a) {
-    attention_job j = {.fwd = a,
-                       .scratch = ctx->scratch,
-                       .T = a->T,
-                       .H = a->H,
-                       .G = a->G,
-                       .D = a->D,
-                       .wide = wide_of(a->D),
-                       .pairs = a->dtype == HS_BF16,
-                       .deep = packed_length(a->D, a->dtype == HS_BF16),
-                       .first = a->first,
-                       .window = a->WINDOW,
-                       .banded = a->first || a->WINDOW,
-                       .scale = (float)a->scale,
-                       .dt = (int)a->dtype};
+    attention_job j =
+        attention_job_of(ctx, (int)a->dtype, a->T, a->H, a->G, a->D, a->scale, a->first, a->WINDOW);
+    j.fwd = a;
     share_rows(ctx, a->B * a->H, a->T * a->T * a->D, attention_fwd_range, &j);
 }

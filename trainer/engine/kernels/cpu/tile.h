@@ -18,6 +18,11 @@ typedef struct head {
     int dt;
 } head;
 
+/* Whether chains over numbers of this type go over pairs. */
+static int by_pairs(int dt) {
+    return dt == HS_BF16;
+}
+
 /* D in whole vectors: how far rows that lie straight are apart. */
 static int64_t wide_of(int64_t D) {
     return hs_ceil_div(D, LANES) * LANES;
@@ -28,7 +33,7 @@ static int64_t wide_of(int64_t D) {
 VINLINE void lay_dt(float *dst, int64_t ld, const side *s, int64_t first, int64_t n, int64_t all,
                     int64_t k0, int64_t kn, int dt) {
     for (int64_t i = 0; i < n; i += LANES)
-        pack16_as(dst + i, ld, s, first + i, hs_min(LANES, n - i), all, k0, kn, dt == HS_BF16, dt);
+        pack16_as(dst + i, ld, s, first + i, hs_min(LANES, n - i), all, k0, kn, by_pairs(dt), dt);
 }
 
 /* dst[d * ld + i] = row row0 + i: whole vectors of rows, zero where there are no more. d is summed over. */
@@ -114,7 +119,7 @@ static void narrow_along(matrix dst, matrix m, int64_t rows, int64_t kn) {
 
 /* A sum as it is stored. Of pairs zero is +0: which sign it had can depend on products with a masked key's 0. */
 VINLINE vf whole_sum(vf sum, int dt) {
-    return dt == HS_BF16 ? v_add(sum, v_zero()) : sum;
+    return by_pairs(dt) ? v_add(sum, v_zero()) : sum;
 }
 
 VINLINE void put_straight_dt(head out, int64_t row0, int64_t rows, const float *sum, float times,

@@ -37,7 +37,7 @@ template <typename T> struct chains {
     HS_DEVICE float operand(float x) {
         if (!PAIRS) return x;
         bf16 narrowed;
-        narrow(fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x, &narrowed);
+        narrow(flushed(x), &narrowed);
         return widen(narrowed);
     }
     /* A zero of pairs is +0: its sign can depend on products with a masked key's 0. */

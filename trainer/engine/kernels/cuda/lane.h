@@ -84,6 +84,11 @@ VINLINE vi vi_shr(vi a, int count) {
 
 #include "kernels/cpu/vec_math.h"
 
+/* A denormal number is zero of its sign. */
+HS_DEVICE float flushed(float x) {
+    return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x;
+}
+
 /* fma where denormal operands and results are zero of their sign. What is denormal is said after
  * rounding to 24 bits, as x86 has it: below 2^-126 - 2^-151. */
 HS_DEVICE float fma_flushed(float a, float b, float c) {
@@ -92,8 +97,7 @@ HS_DEVICE float fma_flushed(float a, float b, float c) {
     asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(sum) : "f"(a), "f"(b), "f"(c));
     return sum;
 #else
-    const auto zeroed = [](float x) { return fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x; };
-    a = zeroed(a), b = zeroed(b), c = zeroed(c);
+    a = flushed(a), b = flushed(b), c = flushed(c);
     const float sum = fmaf(a, b, c);
     if (!(fabsf(sum) <= 0x1p-126f)) return sum;
     /* near the edge: the product is exact in double, and so is the sum but for bits far below */
