@@ -41,6 +41,7 @@ from tests.bench import (
     bench_pipeline,
     bench_plan,
     bench_show,
+    bench_start,
     bench_step,
     bench_store,
     bench_transfer,
@@ -80,23 +81,6 @@ def engine_124m(folder: Path, stages: int, steps: int, precision: str = "fp32") 
     spec = spec.resolve(dataset)
     plan = compile_plan(spec, dataset, what_digest(spec, dataset))
     return run_engine(plan, folder / "data", folder / "run", dump=False)
-
-
-def start_to_first_step(precision: str) -> dict[str, Any]:
-    """From the engine's exec to the end of its first optimizer step, 124M, page cache warm."""
-    times = []
-    for round_ in range(ROUNDS + 1):
-        with tempfile.TemporaryDirectory() as folder:
-            began = time.time()
-            gang = engine_124m(Path(folder), 1, 1, precision)
-            seconds = float(gang.steps[0]["time"]) - began if "time" in gang.steps[0] else None
-            if seconds is None:
-                raise SystemExit("the step line has no time")
-            if round_:
-                times.append(seconds)
-    return entry(
-        f"start to first step, GPT-2 124M, {precision}, B 4 T 64", statistics.median(times), "s", "target", 1.5
-    )
 
 
 def throughput(precision: str) -> dict[str, Any]:
@@ -412,7 +396,7 @@ def timed(what: str) -> Iterator[None]:
 def main() -> int:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "kernels": lambda: list(kernels()),
-        "start": lambda: [start_to_first_step("fp32"), start_to_first_step("bf16")],
+        "start": lambda: list(bench_start.start_rows(ROUNDS)),
         "throughput": lambda: [throughput("fp32"), throughput("bf16")],
         "memory": lambda: list(memory()),
         "recovery": lambda: list(recovery()),

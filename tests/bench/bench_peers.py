@@ -13,7 +13,6 @@ A ratio is the median of the rounds'.
 from __future__ import annotations
 
 import argparse
-import mmap
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.bench.bench_start import start_of_ours, touch_memory
 from tests.bench.peers import cases
 from tests.bench.peers.calibrate import Calibration, Peak, calibration
 from tests.bench.peers.cases import Training, Variant
@@ -38,12 +38,11 @@ from trainer.cores import usable_cpus
 NEAR = 1.2
 WHOLE_CORES = 0.9
 """A round counts as one with whole cores where all threads were worth this share of as many single ones."""
-START_BYTES = 4 << 30
-"""More than any side takes until its first step."""
 MINUTES = {
     "train/gpt2": (5.0, 1.0),
     "train/llama": (3.0, 0.4),
-    "start": (0.3, 1.3),
+    "start/gpt2-124m/fp32": (0.5, 1.0),
+    "start": (0.5, 2.0),
     "memory": (3.0, 0.0),
     "gemm": (0.0, 0.025),
     "curve": (30.0, 0.0),
@@ -108,7 +107,7 @@ def train_rows(training: Training, rounds: int, threads: int, now: Callable[[], 
         for variant, process in running.items():
             if variant not in stay:
                 process.close()
-        sides: dict[str, Callable[[], Sample]] = {"ours": lambda: ours.sample().sample}
+        sides: dict[str, Callable[[], Sample]] = {"ours": ours.sample}
         sides |= {v.name: partial(running[v].sample, training.steps) for v in stay}
         for number in range(rounds):
             order = list(sides)
@@ -141,40 +140,37 @@ def train_rows(training: Training, rounds: int, threads: int, now: Callable[[], 
     yield entry(training.case, value, "GFLOP/s", "calibrated-peak", value / share) | {"rounds": shares}
 
 
-def touch_memory() -> None:
-    """Writes to as much memory as a side takes, and gives it back: in a virtual machine the first touch of a page that
-    its host has taken away costs many times an ordinary one, and the side that comes next would pay for it.
+def start_of_peer(training: Training, variant: Variant, threads: int) -> float:
+    """Seconds from before the process to the end of its first step."""
+    touch_memory()
+    with peer(training, variant, threads, cold=True, plain=True) as process:
+        return process.started
+
+
+def start_rows(name: str, rounds: int, threads: int) -> Iterator[Row]:
+    """From before the process to the end of its first step, 124M, B 4, T 64; page cache and memory warm. Of a peer's
+    variants the one that starts soonest.
     """
-    with mmap.mmap(-1, START_BYTES) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, START_BYTES, mmap.PAGESIZE):
-            memory[at] = 1
-
-
-def start_rows(rounds: int, threads: int) -> Iterator[Row]:
-    """From before the process to the end of its first step, 124M in fp32, B 4, T 64; page cache and memory warm."""
-    training = cases.FP32["b4t64"]
-    variants = [Variant("torch", "fp32"), Variant("torch", "fp32", compiled=True), Variant("jax", "fp32")]
-    seconds: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="hotstage-peers-") as folder:
-        ours = Ours(training, threads, Path(folder))
-        for number in range(rounds + 1):  # the first one reads files
-            touch_memory()
-            told = {"ours": ours.sample().start_s}
-            for variant in variants if number else (variants[0], variants[2]):
-                touch_memory()
-                with peer(training, variant, threads, cold=True, plain=True) as process:
-                    told[variant.name] = process.started
+    training = cases.START[name]
+    ours: list[float] = []
+    theirs: dict[Variant, list[float]] = {}
+    for number in range(rounds + 1):  # the first one reads files
+        took = start_of_ours(training, threads)
+        if number:
+            ours.append(took)
+        for variant in training.variants:
+            if variant.unrolled or (variant.compiled and not number):
+                continue
+            took = start_of_peer(training, variant, threads)
             if number:
-                for side, took in told.items():
-                    seconds.setdefault(side, []).append(took)
-    mine = statistics.median(seconds["ours"])
-    for variant in variants:
-        ratios = [theirs / own for own, theirs in zip(seconds["ours"], seconds[variant.name], strict=True)]
+                theirs.setdefault(variant, []).append(took)
+    mine = statistics.median(ours)
+    for who in dict.fromkeys((v.peer, v.compiled) for v in theirs):
+        best = min((v for v in theirs if (v.peer, v.compiled) == who), key=lambda v: statistics.median(theirs[v]))
+        ratios = [other / own for own, other in zip(ours, theirs[best], strict=True)]
         ratio = statistics.median(ratios)
-        name = f"{cases.START}/compiled" if variant.compiled else cases.START
-        row = entry(name, mine, "s", variant.peer, mine * ratio)
-        yield row | {"ratio": ratio, "rounds": ratios, "variant": variant.name}
+        row = entry(f"{name}/compiled" if best.compiled else name, mine, "s", best.peer, mine * ratio)
+        yield row | {"ratio": ratio, "rounds": ratios, "variant": best.name}
 
 
 def minutes(names: Sequence[str], rounds: int) -> float:
@@ -190,8 +186,8 @@ def rows_of(names: Sequence[str], rounds: int, steps: int, threads: int, calibra
         began = time.monotonic()
         if name in trainings:
             yield from train_rows(trainings[name], rounds, threads, calibrated.now)
-        elif name == cases.START:
-            yield from start_rows(rounds, threads)
+        elif name in cases.START:
+            yield from start_rows(name, rounds, threads)
         elif name in cases.MEMORY:
             yield from memory_rows(name, threads)
         elif name == cases.CURVE:

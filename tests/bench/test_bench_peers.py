@@ -25,6 +25,7 @@ NAMED = [
     "train/gpt2-124m/fp32/b1t1024",
     "train/llama-small/bf16/b1t512",
     "start/gpt2-124m",
+    "start/gpt2-124m/fp32",
     "memory/gpt2-124m/b4t64",
     "memory/gpt2-124m/b1t1024",
 ]

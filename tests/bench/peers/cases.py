@@ -99,7 +99,8 @@ TRAININGS = (
     Training("llama-small", LLAMA_SMALL, 512, 1, 1, steps=6, precision="bf16"),
 )
 FP32 = {training.shape: training for training in TRAININGS if training.precision == "fp32"}
-START = "start/gpt2-124m"
+START = {"start/gpt2-124m": TRAININGS[0], "start/gpt2-124m/fp32": FP32["b4t64"]}
+"""The first as the model's preset trains it."""
 MEMORY = {f"memory/gpt2-124m/{shape}": training for shape, training in FP32.items()}
 GEMM_GPT2 = ((2304, 768), (768, 768), (3072, 768), (768, 3072))
 """(outputs, inputs) of a layer's linear maps."""
@@ -133,7 +134,7 @@ CURVE = "curve/gpt2-124m/fp32/b1t1024"
 
 def names() -> tuple[str, ...]:
     """Of all cases, in the order in which they run."""
-    return (*(training.case for training in TRAININGS), START, *MEMORY, *gemms())
+    return (*(training.case for training in TRAININGS), *START, *MEMORY, *gemms())
 
 
 def chosen(wanted: Sequence[str]) -> tuple[str, ...]:

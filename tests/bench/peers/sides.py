@@ -118,24 +118,14 @@ def peer(
             yield found
 
 
-@dataclass(frozen=True)
-class Started:
-    """Our side of a sample: ``start_s`` from before the engine's process to the end of its first step."""
-
-    sample: Sample
-    start_s: float
-
-
 class Ours:
     """The engine, anew for each sample; its plan and data lie in ``folder``."""
 
     def __init__(self, training: Training, threads: int, folder: Path) -> None:
         self.folder = folder
-        self.steps = training.steps
         self.plan = training.plan(1 + training.steps, threads, folder)
 
-    def sample(self) -> Started:
-        began = time.time()
+    def sample(self) -> Sample:
         gang = train(self.plan, self.folder / "data", self.folder / "run", dump=False, deadline_s=600.0)
         seconds = statistics.median(float(step["step_us"]) for step in gang.steps[1:]) / 1e6
-        return Started(Sample(seconds, tuple(gang.losses)), float(gang.steps[0]["time"]) - began)
+        return Sample(seconds, tuple(gang.losses))
