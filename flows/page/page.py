@@ -175,6 +175,11 @@ class Page:
             raise
         self._put("task", (key, name, "COMPLETED", "Completed", message[0], time.time()))
 
+    @property
+    def awaited(self) -> bool:
+        """Nothing is on the page yet, and nothing has failed: the server is on its way up."""
+        return self.flow_run is None and not self.failures
+
     def close(self, outcome: Outcome | None, failed: str = "", patience_s: float = 10.0) -> bool:
         """Tell the end, for at most so long; True where Prefect has all of it. ``failed``: why there is no outcome."""
         self._outcome, self._failed = outcome, failed
@@ -345,7 +350,7 @@ class Page:
             self._named = name
         if not self._begun and not self._engine:
             self._begun = True
-            if self.shown is not None:
+            if self.shown is not None and (self.keeps() or not self._closing.is_set()):
                 self.shown(self._client.page_of(self.flow_run))
 
     def _adopt(self) -> None:

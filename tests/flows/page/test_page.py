@@ -190,6 +190,20 @@ def test_telling_never_blocks_and_memory_is_bounded(store: Store) -> None:
     assert not told.page.close(None, "left", patience_s=0.1)
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_server_that_is_up_after_the_run_s_end(prefect: Api, store: Store, keeps: bool) -> None:
+    """It gets all of the run; a page that is gone with this process is not announced any more."""
+    told = Told(store, lambda: Client.connect(prefect.server.api) if told.page._closing.is_set() else None)
+    addresses: list[str] = []
+    told.page.keeps, told.page.shown = (lambda: keeps), addresses.append
+    told.begin()
+    assert told.page.awaited
+    assert told.fail_and_end(), told.warned
+    assert not told.page.awaited
+    assert len(addresses) == keeps
+    assert_whole(prefect, told)
+
+
 def test_who_cancels_on_the_page_cancels_the_run(prefect: Api, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.page.page.LOOK_EVERY_S", 0.1)
     told = Told(store, lambda: Client.connect(prefect.server.api))
