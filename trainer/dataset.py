@@ -156,6 +156,16 @@ def mask_of(token_bytes: int) -> int:
     return 1 << (8 * token_bytes - 1)
 
 
+def without_mask(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The tokens of a masked shard (u16 or u32)."""
+    return stored & (mask_of(stored.itemsize) - 1)
+
+
+def counts_of(stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Which tokens of a masked shard are predicted for the loss."""
+    return stored < mask_of(stored.itemsize)
+
+
 def shard_bytes(tokens: npt.NDArray[Any], vocab: int, name: str, counts: npt.NDArray[np.bool_] | None = None) -> bytes:
     """One shard file (header, then tokens). Every token must be in ``0..vocab-1``; ``counts``: which ones' prediction
     counts, None for a shard without a mask."""

@@ -32,10 +32,11 @@ from trainer.dataset import (
     DatasetRef,
     Mixture,
     check_tokens,
-    mask_of,
+    counts_of,
     new_shard,
     shard_bytes,
     token_bytes_for,
+    without_mask,
 )
 from trainer.errors import DatasetError
 from trainer.wire.order import MixPhase
@@ -231,8 +232,7 @@ def _shard_of(shard: Shard) -> bytearray:
         data = shard.job.work.get(shard.stage, span.name, first=span.first * size, length=span.count * size)
         tokens[at : at + span.count] = np.frombuffer(data, tokens.dtype)
         at += span.count
-    bare = tokens & (mask_of(size) - 1) if shard.job.masked else tokens
-    check_tokens(bare, shard.vocab, keys.shard_name(shard.number))
+    check_tokens(without_mask(tokens) if shard.job.masked else tokens, shard.vocab, keys.shard_name(shard.number))
     return whole
 
 
@@ -315,7 +315,7 @@ def _row(data: bytes | bytearray) -> dict[str, Any]:
     header, counted = wire.ShardHeader.from_buffer_copy(data), None
     if header.version == wire.SHARD_MASKED:
         tokens = np.frombuffer(data, f"<u{header.token_bytes}", offset=HEADER_BYTES)
-        counted = int((tokens < mask_of(header.token_bytes)).sum())
+        counted = int(counts_of(tokens).sum())
     return ShardRow(header.tokens, len(data), hashlib.sha256(data).hexdigest(), counted).to_map()
 
 

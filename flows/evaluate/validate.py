@@ -22,7 +22,7 @@ from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare, tokenizer_json, validation_of
 from flows.drive.run import Prepared
 from flows.show.export import Inference
-from trainer.dataset import HEADER_BYTES, DatasetRef, mask_of
+from trainer.dataset import HEADER_BYTES, DatasetRef, counts_of, without_mask
 from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec
 
@@ -116,7 +116,6 @@ def windows_of(store: Store, data: DatasetRef, sequence: int, count: int) -> Ite
             raise DatasetError(f"{key} is not in {store.describe()}; `hotstage data prepare` makes it again") from None
         if len(raw) != size:
             raise DatasetError(f"{key} ends within a window: it is damaged; `hotstage data prepare SPEC --again`")
-        stored = np.frombuffer(raw, dtype=f"<u{data.token_bytes}").astype(np.int64)
-        mask = mask_of(data.token_bytes) if data.masked else 0
-        window = (stored & ~mask).astype(np.int32)
-        yield window[:-1], np.where(stored[1:] & mask, np.int32(-1), window[1:])
+        stored = np.frombuffer(raw, dtype=f"<u{data.token_bytes}")
+        window = (without_mask(stored) if data.masked else stored).astype(np.int32)
+        yield window[:-1], np.where(counts_of(stored[1:]), window[1:], np.int32(-1)) if data.masked else window[1:]
