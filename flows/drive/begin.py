@@ -12,6 +12,7 @@ from checkpoint.keys import spec_key
 from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare
 from flows.drive.begin_from import begin
+from flows.drive.room import lacking_memory
 from flows.drive.run import (
     Board,
     NoBoard,
@@ -19,17 +20,14 @@ from flows.drive.run import (
     as_begun,
     check_layouts,
     create_run,
-    needs_bytes,
     ready_store,
     run_name,
 )
 from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
 from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
-from trainer.cores import free_bytes, swap_bytes
 from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
-from trainer.plan.draw import bytes_text
 from trainer.spec import DataSpec, RunSpec, what_digest
 
 log = logging.getLogger(__name__)
@@ -38,17 +36,15 @@ _GPUS = ("/dev/nvidiactl", "/dev/dxg")
 
 
 def _check_room(prepared: Prepared) -> None:
-    """PlanError where a new run of local processes takes more memory than this machine has free: the kernel would kill
-    its ranks, or whatever else is large. Where there may be GPUs, and none are asked for, the node decides."""
+    """PlanError where a new run of local processes takes more memory than this machine has free. Where there may be
+    GPUs, and none are asked for, the node decides."""
     spec = prepared.spec
     if spec.launch.target != "local" or (spec.parallel.device == "auto" and any(map(os.path.exists, _GPUS))):
         return
-    needs, free = needs_bytes(prepared), free_bytes() + swap_bytes()
-    if needs > free:
+    if lack := lacking_memory(prepared):
         raise PlanError(
-            f"the plan needs {bytes_text(needs)} of memory, and {bytes_text(free)} are free on this machine; `hotstage "
-            "plan` shows for what: take a smaller microbatch, --set parallel.recompute=layer, checkpoint.slots=2, a "
-            "smaller model, or another machine"
+            f"the plan needs {lack}; `hotstage plan` shows for what: take a smaller microbatch, --set "
+            "parallel.recompute=layer, checkpoint.slots=2, a smaller model, or another machine"
         )
 
 

@@ -229,13 +229,6 @@ def check_layouts(prepared: Prepared) -> None:
             raise PlanError(f"{name} ({layout_words(how)}): {error}") from error
 
 
-def needs_bytes(prepared: Prepared) -> int:
-    """Of this machine's memory, for all ranks."""
-    on_cuda = prepared.spec.parallel.on_cuda(prepared.spec.launch.kernel_path)
-    positions = (p for node in prepared.plan.on_nodes(prepared.nodes) for p in node)
-    return sum(sum(host_kinds(position, on_cuda).values()) for position in positions)
-
-
 def publish_plan(store: Store, run: str, plan: Plan) -> None:
     """Create the plan object that the agents fetch. Raises PlanError where a damaged one has its name."""
     key = plan_key(run, plan.digest)

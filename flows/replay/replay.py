@@ -26,13 +26,13 @@ from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.drive.line import parent_of
 from flows.drive.replays import EXIT_DIFFERS
-from flows.drive.run import Prepared, load_spec_of, needs_bytes
+from flows.drive.room import lacking_memory
+from flows.drive.run import Prepared, load_spec_of
 from flows.drive.views import Restore, some_steps
 from flows.replay.again import compute, scratch
 from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict
 from flows.replay.recorded import StepLine, computed_by, newest_step, read_recorded
 from flows.replay.suspects import Evidence, suspects_of
-from trainer.cores import free_bytes
 from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
 from trainer.spec import how_map, what_digest
@@ -306,15 +306,14 @@ def _own_layout(store: Store, run: str, attempt: AttemptInfo, prepared: Prepared
         own = _prepare(store, run, attempt, ())
     except (SpecError, PlanError):
         return prepared
-    return own if needs_bytes(own) <= free_bytes() else prepared
+    return prepared if lacking_memory(own) else own
 
 
 def _check_memory(prepared: Prepared) -> None:
-    needs, there = needs_bytes(prepared), free_bytes()
-    if needs > there:
+    if lack := lacking_memory(prepared):
         raise SpecError(
-            f"computing these steps again takes {needs / 2**30:.2f} GiB, and {there / 2**30:.2f} GiB are free here: "
-            "take another machine, or a layout that keeps less (--set parallel.recompute=layer, fewer replicas)"
+            f"the plan needs {lack}: take another machine, or a layout that keeps less (--set "
+            "parallel.recompute=layer, fewer replicas)"
         )
 
 

@@ -300,8 +300,10 @@ def test_bits_of_another_version_are_not_compared(
 def test_where_it_does_not_fit_nothing_is_begun(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.replay.replay.free_bytes", lambda: 1 << 20)
-    with pytest.raises(SpecError, match=r"takes 0\.\d\d GiB, and 0\.00 GiB are free here: take another machine"):
+    for kind, free in (("free", 1 << 20), ("swap", 0)):
+        monkeypatch.setattr(f"flows.drive.room.{kind}_bytes", lambda n=free: n)
+    words = r"the plan needs \d+\.\d MiB of memory, and 1\.0 MiB are free on this machine: take another machine"
+    with pytest.raises(SpecError, match=words):
         replay_run(trained.store, trained.run, 0, 8, out=tmp_path)
 
 
