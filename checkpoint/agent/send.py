@@ -93,19 +93,29 @@ class Hashing:
 
     def _hash(self, chosen: Sequence[_Wanted]) -> None:
         try:
-            if len(chosen) == 1:
-                found: Sequence[Digests] = [chunk_digests(chosen[0].plan, chosen[0].view)]
-            else:
-                found = digests_of_two([(wanted.plan, wanted.view) for wanted in chosen])
-            for wanted, digests in zip(chosen, found, strict=True):
-                wanted.found = digests
-        except BaseException as error:  # each of them has its caller, which raises it
-            for wanted in chosen:
-                wanted.failed = error
+            _fill(chosen)
         finally:
             with self._changed:
                 self._idle += 1
                 self._changed.notify_all()
+
+
+def _fill(chosen: Sequence[_Wanted]) -> None:
+    """What comes of each. Where two at once fail each is hashed by itself: one of them may hold."""
+    try:
+        if len(chosen) == 1:
+            found: Sequence[Digests] = [chunk_digests(chosen[0].plan, chosen[0].view)]
+        else:
+            found = digests_of_two([(wanted.plan, wanted.view) for wanted in chosen])
+    except BaseException as error:  # its caller raises it
+        if len(chosen) == 1:
+            chosen[0].failed = error
+        else:
+            for wanted in chosen:
+                _fill([wanted])
+    else:
+        for wanted, digests in zip(chosen, found, strict=True):
+            wanted.found = digests
 
 
 _HASHING = Hashing(max(1, min(WORKERS, len(os.sched_getaffinity(0))) // 2))
