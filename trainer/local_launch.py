@@ -44,8 +44,8 @@ from trainer.wire.files import create_file
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-FOLDER_MOST = wire.Attempt.data_dir.size - 1 - len(f"/data-cache/{'0' * 64}")
-"""Bytes of a node's folder: an attempt file holds the name of its data, which lie below it."""
+NODE_FOLDER_MOST = wire.FOLDER_MOST - len(f"/data-cache/{'0' * 64}")
+"""Bytes of a node's folder's name: ranks are told where their data are, which may lie below it."""
 _ENGINE_ENV = re.compile(
     r"(PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|LD_LIBRARY_PATH|(A|L|UB|T)SAN_OPTIONS|HOTSTAGE_ENGINE_\w+|"
     r"HOTSTAGE_(CUDA|CUDA_LIBRARIES|DEVICES)|(CUDA|NVIDIA|NCCL|CUBLAS|CUBLASLT|CUDNN|HS_EMULATED)_\w+)\Z"
@@ -181,10 +181,10 @@ class LocalLauncher:
                 f"the folder {str(folder)!a} has a name that is not text in UTF-8, as its nodes are told it: choose "
                 "another with --out"
             )
-        if (long := len(os.fsencode(folder / f"node{launch.nodes}"))) > FOLDER_MOST:
+        if (long := len(os.fsencode(folder / f"node{launch.nodes}"))) > NODE_FOLDER_MOST:
             raise LaunchRefused(
                 f"the nodes' folders below {folder} have names of {long} bytes, and ranks are told names of at most "
-                f"{FOLDER_MOST}: choose a shorter one with --out"
+                f"{NODE_FOLDER_MOST}: choose a shorter one with --out"
             )
         try:
             folder.mkdir(parents=True, exist_ok=True)

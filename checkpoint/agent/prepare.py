@@ -113,11 +113,11 @@ class Preparer:
             cache = self._options.work / FOLDER
             return cache if data.mixed else cache / data.parts[0].digest
         found = fetch_data(self._store, layout, folder)
-        if (long := len(os.fsencode(found))) >= wire.Attempt.data_dir.size:
+        if (long := len(os.fsencode(found))) > wire.FOLDER_MOST:
             raise CannotStart(
                 78,
                 f"the data are in {found}, a name of {long} bytes, and ranks are told names of at most "
-                f"{wire.Attempt.data_dir.size - 1}: have the store in a folder of a shorter name",
+                f"{wire.FOLDER_MOST}: have the store in a folder of a shorter name",
             )
         return found
 

@@ -19,7 +19,7 @@ from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, LaunchRefused
 from trainer.launch import Launch, LaunchedNode
-from trainer.local_launch import FOLDER_MOST, LocalLauncher, ProcessMark
+from trainer.local_launch import NODE_FOLDER_MOST, LocalLauncher, ProcessMark
 from trainer.spec import how_map
 
 
@@ -113,7 +113,7 @@ def test_a_run_in_the_deepest_folder_that_ranks_can_be_told(tmp_path: Path) -> N
     run, plan = make_run(tmp_path, spec)
     below = len(os.fsencode(Path("runs", run.name, run.launch, "node1"))) + 2
     out = tmp_path.joinpath("x" * 150, "y" * 100)
-    out /= "z" * (FOLDER_MOST - below - len(os.fsencode(out)))
+    out /= "z" * (NODE_FOLDER_MOST - below - len(os.fsencode(out)))
     launch = Launch(run.name, run.launch, 1, run.store.url, out)
     launcher = LocalLauncher(out)
     try:
@@ -245,7 +245,7 @@ def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(LaunchRefused, match=f"{why}.*--out"):
             LocalLauncher(tmp_path / name).ensure(Launch("run", "a", 1, "memory:", tmp_path))
     deep = tmp_path.joinpath(*["x" * 100] * 5)
-    with pytest.raises(LaunchRefused, match=rf"have names of 5\d\d bytes, and .* at most {FOLDER_MOST}: .*--out"):
+    with pytest.raises(LaunchRefused, match=rf"have names of 5\d\d bytes, and .* at most {NODE_FOLDER_MOST}: .*--out"):
         LocalLauncher(deep).ensure(Launch("run", "a", 1, "memory:", deep))
     assert not deep.exists()
     assert launcher.observe("nothing").state == "absent"

@@ -408,6 +408,10 @@ class Attempt(ctypes.LittleEndianStructure):
     ]
 
 
+FOLDER_MOST = Attempt.data_dir.size - 1
+"""Bytes of a folder's name in an attempt file, which ends with a zero."""
+
+
 class AttemptRank(ctypes.LittleEndianStructure):
     _fields_ = [("host", char * 256), ("port", u32), ("node", u32), ("device", u32), ("reserved", u32)]
 
