@@ -90,6 +90,22 @@ def test_a_folder_keeps_them_and_they_decide(engine: Path, tmp_path: Path, monke
     assert not (tmp_path / "exact" / "algorithms").exists()
 
 
+def test_products_that_the_library_has_none_for_are_the_plain_kernel_s(
+    engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library that offers split-K alone: said once a run, and kept; what the library can do later changes nothing."""
+    plan, folder = small_plan(tmp_path, steps=2, **STEADY), tmp_path / "run"
+    monkeypatch.setenv("HS_EMULATED_CUBLASLT", "only 3")
+    losses = trained(engine, plan, folder)
+    (warning,) = said(folder, "a plain kernel computes them")
+    (table,) = parsed((folder / "algorithms").read_bytes())
+    assert (warning["level"], warning["products"]) == ("warn", len(table.entries))
+    assert {wire.Algorithm.from_buffer_copy(entry).candidates for entry in table.entries.values()} == {0}
+    monkeypatch.delenv("HS_EMULATED_CUBLASLT")
+    assert trained(engine, plan, folder) == losses
+    assert said(folder, "a plain kernel computes them") == []
+
+
 def test_another_version_of_the_library_chooses_anew_and_says_so(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,9 +143,8 @@ def harmed(at: int, by: int = 1) -> Callable[[Path], None]:
         ),
         (lambda file: None, "refuse 1", "refuses the algorithm that this run has for a product of"),
         (lambda file: None, "missing", "said to be missing"),
-        (lambda file: file.unlink(), "only 3", "has no algorithm of one sum .no split-K. for a product of"),
     ],
-    ids=["damaged", "foreign", "newer", "refused", "missing", "none"],
+    ids=["damaged", "foreign", "newer", "refused", "missing"],
 )
 def test_what_does_not_do_is_refused(
     engine: Path,

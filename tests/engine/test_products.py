@@ -5,6 +5,7 @@ emulated cuBLASLt (``emulate_cublaslt.cc`` says what it offers and how it is tol
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 import pytest
@@ -125,16 +126,15 @@ def test_what_a_run_has_is_not_chosen_again(kernels: KernelLib, cuda: CudaLib) -
 def test_a_sum_in_parts_or_of_rounded_operands_is_never_chosen(
     kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """It is offered first and is the fastest; where nothing else is offered, that is said; in a table it is refused."""
+    """It is offered first and is the fastest; where nothing else is, none is taken; in a table it is refused."""
     call = some_call(kernels)
     monkeypatch.setenv("HS_EMULATED_CUBLASLT", f"fastest {number}")
     table = chosen(cuda, call)
     assert numbers(table) == [0]
     assert table[0].candidates == 2
     monkeypatch.setenv("HS_EMULATED_CUBLASLT", f"only {number}")
-    with pytest.raises(Refused, match="has no algorithm of one sum") as refused:
-        chosen(cuda, call)
-    assert refused.value.status == UNSUPPORTED
+    (plain,) = chosen(cuda, call)
+    assert (plain.candidates, bytes(plain.algorithm)) == (0, bytes(64))
     table[0].algorithm[0] = number
     with pytest.raises(
         Refused, match=r"cuBLASLt 13\.1\.0 refuses the algorithm that this run has for a product of"
@@ -161,7 +161,6 @@ def test_a_table_that_the_library_refuses_is_told(
     [
         ("missing", UNSUPPORTED, "said to be missing"),
         ("version 120800", UNSUPPORTED, r"cuBLASLt 12\.8\.0 was found, and this build needs version 13"),
-        ("only 1 balk 1", UNSUPPORTED, r"cuBLASLt 13\.1\.0 failed in a product of .*; it was offered 1 algorithms"),
     ],
 )
 def test_a_library_that_does_not_do(
@@ -178,6 +177,32 @@ def test_a_candidate_that_the_library_refuses_after_all_is_passed_over(
 ) -> None:
     monkeypatch.setenv("HS_EMULATED_CUBLASLT", "fastest 0 balk 0")
     assert numbers(chosen(cuda, some_call(kernels))) == [1]
+
+
+@pytest.mark.parametrize("said", [f"only {SPLIT}", "only 1 balk 1"])
+@pytest.mark.parametrize("kernel", OPS)
+def test_what_the_library_has_none_for_is_the_plain_kernel_s(
+    kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch, kernel: str, said: str
+) -> None:
+    """Every kind of product, types, bias and what is added; a library that can do it later changes no bits."""
+    some = sorted((case for case in CASES if case.kernel == kernel), key=lambda case: math.prod(case.dims[:3]))
+    some = [case for case in some if kernel not in FP8 or not any(side % 16 for side in case.dims[:3])]
+    for dtype in (wire.F32, wire.BF16)[kernel in FP8 :]:
+        for case in {some[0], some[len(some) // 2 if said.startswith("only 3") else 0]}:
+            call = Call.make(kernels, case, dtype)
+            at = BIAS.get(kernel)
+            if at is not None and dtype == wire.BF16 and (bias := call.inputs[at]) is not None:
+                bias[:] = decode(encode(bias, dtype), dtype)
+            monkeypatch.setenv("HS_EMULATED_CUBLASLT", said)
+            table, runs = chosen(cuda, call), []
+            assert table
+            assert {entry.candidates for entry in table} == {0}
+            for _ in range(2):
+                runs.append(copies(call))
+                cuda.products(kernel, dtype, runs[-1], case.dims, case.reals, table)
+                monkeypatch.delenv("HS_EMULATED_CUBLASLT", raising=False)
+            assert_close_to_ref(kernels, call, runs[0])
+            assert written(call, runs[0]) == written(call, runs[1])
 
 
 def test_a_product_that_fails_is_told(kernels: KernelLib, cuda: CudaLib, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,8 @@ def test_a_spill_fails_the_build_unless_it_is_answered_for(monkeypatch: pytest.M
     assert faults({"a": dict.fromkeys(ARCHITECTURES, sound)}) == []
     (fault,) = faults({"a": dict.fromkeys(ARCHITECTURES, sound) | {"sm_80": spilling}})
     assert "a spills registers (24 bytes on sm_80)" in fault
+    (fault,) = faults({"a": dict.fromkeys(ARCHITECTURES, sound) | {"sm_80": Resources(32, 0, 1024, 0)}})
+    assert "a has an array in local memory (1024 bytes on sm_80)" in fault
     (fault,) = faults({"a": {"sm_80": sound, "sm_90a": sound}})
     assert fault == "a was not compiled for sm_100f"
     monkeypatch.setitem(cuda.SPILLS, "a", "it may")

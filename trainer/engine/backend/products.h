@@ -24,7 +24,8 @@ typedef struct hs_product_table {
     /* How many of what is needed have none. */
     uint32_t (*missing)(hs_device *device);
     /* Times the candidates of those on their own operands, which stay zero: an entry for each, in
-     * the order in which they were needed. HS_E_UNSUPPORTED: there is no candidate; HS_E_DEVICE. */
+     * the order in which they were needed; one of 0 candidates where the library has none, and a plain kernel
+     * computes the product. HS_E_DEVICE. */
     hs_status (*choose)(hs_device *device, hs_algorithm *list, hs_why *why);
 } hs_product_table;
 

@@ -154,6 +154,22 @@ static hs_status keep(settling *s, size_t bytes, hs_why *why) {
     return use(s, s->table, bytes, "this rank's own choice", why);
 }
 
+/* Said once a run: who goes by the choice later has nothing to choose. */
+static void tell_plain(const settling *s, const hs_algorithm *list, uint32_t count) {
+    const hs_algorithm *first = NULL;
+    int64_t plain = 0;
+    for (uint32_t i = count; i-- > 0;)
+        if (!list[i].candidates) first = &list[i], plain++;
+    if (!first) return;
+    HS_LOG(
+        s->c->log, HS_LOG_WARN,
+        "the library has no algorithm of one sum for some products: a plain kernel computes them, "
+        "without tensor cores, which is slow",
+        HS_I("products", plain), HS_I("m", first->key.m), HS_I("n", first->key.n),
+        HS_I("k", first->key.k), HS_S("library", s->family.library),
+        HS_S("mend", "sizes that are multiples of 16 (train.microbatch, the model's widths)"));
+}
+
 static hs_status choose(settling *s, uint32_t missing, hs_why *why) {
     const int64_t began = hs_clock_ns();
     const hs_log *log = s->c->log;
@@ -173,6 +189,7 @@ static hs_status choose(settling *s, uint32_t missing, hs_why *why) {
     HS_LOG(log, HS_LOG_INFO, "algorithms chosen", HS_I("products", missing),
            HS_I("us", (chosen - began) / 1000), HS_I("agreed_us", (hs_clock_ns() - chosen) / 1000),
            HS_S("library", s->family.library), HS_S("device", s->family.device));
+    tell_plain(s, (const hs_algorithm *)(s->table + sizeof *head), missing);
     const uint32_t left = s->products->missing(s->device);
     if (left == 0) return HS_OK;
     return hs_fail(why, HS_E_BUG,

@@ -47,10 +47,11 @@ typedef struct hs_algorithm_key {
 
 typedef struct hs_algorithm {
     hs_algorithm_key key;
-    uint8_t algorithm[64]; /* the library's own: cublasLtMatmulAlgo_t */
+    uint8_t algorithm[64]; /* the library's own: cublasLtMatmulAlgo_t; 0 where candidates is */
     uint64_t workspace_bytes;
     uint32_t microseconds; /* as it was timed; for people */
-    uint32_t candidates;   /* it was the fastest of so many */
+    uint32_t candidates;   /* it was the fastest of so many; 0: the library has none of one sum, and a
+                            * kernel of the engine's computes the product, without tensor cores */
 } hs_algorithm;
 
 #endif

@@ -191,7 +191,7 @@ hs_status hs_cublaslt_candidates(hs_cublaslt *lib, const hs_product *p, hs_algor
         const lt::status asked = api->MatmulAlgoGetHeuristic(lib->handle, &c.what, &c.a, &c.b, &c.c,
                                                              &c.d, &wish, ASKED, found, &some);
         if (asked) { /* none by this mask */
-            if (ask > 0 && asked != lt::NOT_SUPPORTED) st = asked;
+            if (ask > 0 && asked != lt::NOT_SUPPORTED && asked != lt::INVALID_VALUE) st = asked;
             continue;
         }
         for (int i = 0; !st && i < some && *count < room; i++) {
@@ -207,8 +207,8 @@ hs_status hs_cublaslt_candidates(hs_cublaslt *lib, const hs_product *p, hs_algor
     }
     if (st)
         return hs_fail(why, HS_E_UNSUPPORTED,
-                       "%s has no algorithm for a product of %" PRId64 " x %" PRId64 " x %" PRId64
-                       ": %s",
+                       "%s cannot look for algorithms for a product of %" PRId64 " x %" PRId64
+                       " x %" PRId64 ": %s",
                        lib->name, p->m, p->n, p->k, api->GetStatusString(st));
     return HS_OK;
 }

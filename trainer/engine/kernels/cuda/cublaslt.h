@@ -20,7 +20,7 @@
 namespace lt {
 
 typedef int status; /* cublasStatus_t; 0: success */
-enum { NOT_SUPPORTED = 15 };
+enum { INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
 
 struct layout {
     uint64_t data[8];

@@ -1,5 +1,5 @@
-/* C[m,n] = start + sum over k of A[m,k] B[n,k]: the fallback for products, plain and sure. A tensor
- * core path through cuBLASLt comes beside it and will be a family of bits of its own.
+/* C[m,n] = start + sum over k of A[m,k] B[n,k], plain and sure: all products of path cuda-exact, and on
+ * path cuda those that the library has no algorithm for (plain.cu).
  *
  * Order: every element is one chain of fma in f32, as kernels/cpu/gemm.h has it: over k ascending,
  * or, of operands narrower than f32, in pairs of k, the odd one first, denormal numbers counting as
@@ -27,10 +27,11 @@ template <typename I, typename O, typename J = I> struct gemm {
     gemm_side<J> b;
     O *out;
     int64_t ld_out;
-    bool from_old;     /* each chain starts from the old out */
-    bool add_old;      /* the old out is added at the end */
-    const float *bias; /* [n], added at the end; NULL: none */
-    const O *res;      /* [m, n], added after the bias; NULL: none */
+    bool from_old;         /* each chain starts from the old out */
+    bool add_old;          /* the old out is added at the end */
+    const float *bias;     /* [n], added at the end; NULL: none */
+    const O *rounded_bias; /* the same, of out's type */
+    const O *res;          /* [m, n], added after the bias; NULL: none */
     int64_t ld_res;
     const float *scale_a,
         *scale_b; /* each sum is multiplied with both at the end, first; NULL: not */
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(GEMM_THREADS) gemm_tile(const gemm<I, O, J> g,
             O *out = g.out + row * g.ld_out + column;
             if (g.scale_a) x = (x * *g.scale_a) * *g.scale_b;
             if (g.bias) x = x + g.bias[column];
+            if (g.rounded_bias) x = x + widen(g.rounded_bias[column]);
             if (g.res) x = x + widen(g.res[row * g.ld_res + column]);
             if (g.add_old) x = x + widen(*out);
             narrow(x, out);

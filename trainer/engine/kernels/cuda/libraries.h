@@ -62,12 +62,14 @@ hs_status hs_products_use(hs_products *products, const hs_algorithm *entries, ui
 uint32_t hs_products_missing(const hs_products *products);
 /* Times the candidates of each that is missing on the call's own operands: an entry of the fastest for each,
  * in the order in which they were needed; list has room for hs_products_missing. Does not use them. Blocks.
- * HS_E_UNSUPPORTED: the library has none for a product. */
+ * Where the library has none, or refuses what it offered, the entry has 0 candidates: plain.cu computes it. */
 hs_status hs_products_choose(hs_products *products, const hs_cuda_ctx *ctx, hs_algorithm *list,
                              hs_why *why);
 
 /* Puts the product on ctx->stream, by the algorithm in use. HS_E_BUG: it has none. */
 hs_status hs_products_run(hs_products *products, const hs_cuda_ctx *ctx, const hs_product *p);
+/* The same by a kernel of ours (plain.cu). */
+hs_status hs_plain_product(const hs_cuda_ctx *ctx, const hs_product *p);
 
 /* The products of a call of HS_K_<kernel>, in order, but a classifier's: of its first chunk, then of its
  * last where that is shorter. A bias that is rounded to out's type lies at `own` (HS_OWN_WORKSPACE).

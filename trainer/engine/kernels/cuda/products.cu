@@ -260,7 +260,8 @@ extern "C" hs_status hs_products_use(hs_products *products, const hs_algorithm *
     for (uint32_t i = 0; i < count; i++) {
         entry *e = find(products, &entries[i].key);
         if (!e || e->known) continue;
-        HS_TRY(hs_cublaslt_check(&products->lib, &e->product, &entries[i], why));
+        if (entries[i].candidates)
+            HS_TRY(hs_cublaslt_check(&products->lib, &e->product, &entries[i], why));
         e->chosen = entries[i];
         e->known = true;
     }
@@ -317,14 +318,9 @@ static hs_status choose_one(hs_products *products, const hs_cuda_ctx *ctx, const
     trial trials[CANDIDATES];
     int count = 0;
     const hs_product *p = &e->product;
+    memset(best, 0, sizeof *best);
+    best->key = e->chosen.key;
     HS_TRY(hs_cublaslt_candidates(&products->lib, p, list, CANDIDATES, &count, why));
-    if (count == 0)
-        return hs_fail(why, HS_E_UNSUPPORTED,
-                       "%s has no algorithm of one sum (no split-K) for a product of %" PRId64
-                       " x %" PRId64 " x %" PRId64
-                       "; use launch.kernel_path cuda-exact, or another train.microbatch",
-                       products->lib.name, p->m, p->n, p->k);
-    hs_why refused = {};
     int left = count;
     for (int i = 0; i < count; i++) trials[i] = trial{0, INT64_MAX, false};
     for (int round = -1; left > 0 && round < ROUNDS;
@@ -336,15 +332,18 @@ static hs_status choose_one(hs_products *products, const hs_cuda_ctx *ctx, const
                 time_round(products, ctx, p, &list[i], round >= 0, &trials[i], &told);
             if (st == HS_E_BUG) { /* offered, and then refused at once: another may do */
                 trials[i].refused = true;
-                refused = told;
                 left--;
             } else if (st != HS_OK) {
                 return hs_fail(why, st, "%s", told.text);
             }
         }
-    if (left == 0)
-        return hs_fail(why, HS_E_UNSUPPORTED, "%s; it was offered %d algorithms", refused.text,
-                       count);
+    if (left == 0) { /* by plain.cu, if it is not the device that refuses */
+        const int failed = products->lib.api.wait(ctx->stream);
+        if (failed)
+            return hs_fail(why, HS_E_DEVICE,
+                           "the device failed (CUDA error %d) while products were timed", failed);
+        return HS_OK;
+    }
     int fastest = -1;
     for (int i = 0; i < count; i++)
         if (!trials[i].refused && (fastest < 0 || trials[i].least < trials[fastest].least))
@@ -383,5 +382,6 @@ extern "C" hs_status hs_products_run(hs_products *products, const hs_cuda_ctx *c
                        "a product of %" PRId64 " x %" PRId64 " x %" PRId64
                        " was never asked for, so that it has no algorithm",
                        p->m, p->n, p->k);
-    return hs_cublaslt_run(&products->lib, ctx, p, &e->chosen, ctx->why);
+    return e->chosen.candidates ? hs_cublaslt_run(&products->lib, ctx, p, &e->chosen, ctx->why)
+                                : hs_plain_product(ctx, p);
 }

@@ -23,11 +23,46 @@ HS_DEVICE row_sums vocab_two(row_sums a, row_sums b) {
     return row_sums{top, one + other, a.own + b.own};
 }
 
-/* In the tree; s is spent. */
-HS_DEVICE row_sums vocab_all(row_sums *s, int64_t n) {
-    for (int64_t step = 1; step < n; step *= 2)
-        for (int64_t i = 0; i + step < n; i += 2 * step) s[i] = vocab_two(s[i], s[i + step]);
-    return s[0];
+HS_DEVICE float vocab_two(float a, float b) {
+    return a + b;
+}
+
+/* The balanced tree over values that come one after the other, as a binary counter counts: a new one
+ * joins the one before it, both join the two before them, and so on. At most one value of each level
+ * waits, in registers. An array of all values would lie in local memory, of which a context takes some
+ * for every thread that its device can hold: 280 MB at 1 KiB a thread, which no plan counts. */
+enum { VOCAB_LEVELS = 7 }; /* HS_VOCAB_BLOCKS is 2^6 */
+template <typename V> struct vocab_joins {
+    V wait[VOCAB_LEVELS]; /* wait[l]: 2^l values, where bit l of count is set */
+    int count;
+};
+
+template <typename V> HS_DEVICE void vocab_join(vocab_joins<V> &j, V x) {
+    int carried = 1;
+#pragma unroll
+    for (int l = 0; l < VOCAB_LEVELS; l++)
+        if (carried) {
+            if (j.count >> l & 1) {
+                x = vocab_two(j.wait[l], x);
+            } else {
+                j.wait[l] = x;
+                carried = 0;
+            }
+        }
+    j.count++;
+}
+
+/* All of them; there is one at least. */
+template <typename V> HS_DEVICE V vocab_joined(const vocab_joins<V> &j) {
+    V all = {};
+    int some = 0;
+#pragma unroll
+    for (int l = 0; l < VOCAB_LEVELS; l++)
+        if (j.count >> l & 1) {
+            all = some ? vocab_two(j.wait[l], all) : j.wait[l];
+            some = 1;
+        }
+    return all;
 }
 
 /* Rows of logits and what is made of them. */
@@ -48,11 +83,13 @@ HS_DEVICE int64_t vocab_block(int64_t b, int64_t N, int64_t BLOCK, int64_t V) {
     return b >= N || BLOCK >= V || b * BLOCK >= V ? V : b * BLOCK;
 }
 
+typedef float vocab_tops[HS_VOCAB_BLOCKS]; /* of a row's blocks, in shared memory */
+
 /* z of row r becomes e; the tops of its blocks and the sums of all go to every thread. */
 template <typename T>
-HS_DEVICE row_sums vocab_row_sums(const vocab_rows<T> &j, int64_t r, float *tops,
+HS_DEVICE row_sums vocab_row_sums(const vocab_rows<T> &j, int64_t r, vocab_tops &tops,
                                   float (&largest)[VOCAB_WARPS], float (&sums)[VOCAB_WARPS]) {
-    row_sums s[HS_VOCAB_BLOCKS];
+    vocab_joins<row_sums> all = {};
     float *z = j.z + r * j.V;
     const int64_t own = j.target[r] < 0 ? -1 : j.target[r] - j.FIRST;
     const float logit = own >= 0 && own < j.V ? z[own] : 0.0f;
@@ -76,15 +113,17 @@ HS_DEVICE row_sums vocab_row_sums(const vocab_rows<T> &j, int64_t r, float *tops
         __syncthreads();
         sum = sums[0];
         for (int i = 1; i < VOCAB_WARPS; i++) sum = sum + sums[i];
-        s[b] = row_sums{top, sum, own >= begin && own < end ? logit : 0.0f};
-        tops[b] = top;
+        vocab_join(all, row_sums{top, sum, own >= begin && own < end ? logit : 0.0f});
+        if (threadIdx.x == 0) tops[b] = top;
     }
-    return vocab_all(s, j.N);
+    __syncthreads(); /* the tops of all */
+    return vocab_joined(all);
 }
 
 /* loss and dlogits of row r; a thread wrote the e that it reads. */
 template <typename T>
-HS_DEVICE void vocab_row_grad(const vocab_rows<T> &j, int64_t r, const float *tops, row_sums all) {
+HS_DEVICE void vocab_row_grad(const vocab_rows<T> &j, int64_t r, const vocab_tops &tops,
+                              row_sums all) {
     const float *z = j.z + r * j.V;
     const bool counts = j.target[r] >= 0;
     const int64_t own = counts ? j.target[r] - j.FIRST : -1;
@@ -107,7 +146,7 @@ HS_DEVICE void vocab_row_grad(const vocab_rows<T> &j, int64_t r, const float *to
 template <typename T> __global__ void __launch_bounds__(FLAT) vocab_forward(const vocab_rows<T> j) {
     HS_SHARED(float, largest, [VOCAB_WARPS]);
     HS_SHARED(float, sums, [VOCAB_WARPS]);
-    float tops[HS_VOCAB_BLOCKS];
+    HS_SHARED(vocab_tops, tops, );
     const int64_t r = blockIdx.x;
     const row_sums all = vocab_row_sums(j, r, tops, largest, sums);
     if (j.dlogits) {
@@ -121,15 +160,16 @@ template <typename T> __global__ void __launch_bounds__(FLAT) vocab_forward(cons
 /* Row blockIdx.x: its gradient, by the sums of all parts. */
 template <typename T>
 __global__ void __launch_bounds__(FLAT) vocab_backward(const vocab_rows<T> j) {
-    float tops[HS_VOCAB_BLOCKS];
-    row_sums s[HS_VOCAB_BLOCKS];
+    HS_SHARED(vocab_tops, tops, );
+    vocab_joins<row_sums> all = {};
     const int64_t r = blockIdx.x;
-    for (int64_t b = 0; b < j.N; b++) tops[b] = j.tops[b * j.R + r];
+    if (threadIdx.x < j.N) tops[threadIdx.x] = j.tops[threadIdx.x * j.R + r];
     for (int64_t p = 0; p < j.P; p++) {
         const float *of = j.sums + 3 * p * j.R + r;
-        s[p] = row_sums{of[0], of[j.R], of[2 * j.R]};
+        vocab_join(all, row_sums{of[0], of[j.R], of[2 * j.R]});
     }
-    vocab_row_grad(j, r, tops, vocab_all(s, j.P));
+    __syncthreads(); /* the tops of all */
+    vocab_row_grad(j, r, tops, vocab_joined(all));
 }
 
 /* out[i] = the sum of N parts of `size` in the tree, of which `full` are not empty; an element a
@@ -139,11 +179,9 @@ __global__ void __launch_bounds__(FLAT)
     vocab_tree(O *out, const float *parts, int64_t N, int64_t full, int64_t size) {
     const int64_t i = flat_index();
     if (i >= size) return;
-    float x[HS_VOCAB_BLOCKS];
-    for (int64_t b = 0; b < N; b++) x[b] = b < full ? parts[b * size + i] : 0.0f;
-    for (int64_t step = 1; step < N; step *= 2)
-        for (int64_t b = 0; b + step < N; b += 2 * step) x[b] = x[b] + x[b + step];
-    narrow(x[0], out + i);
+    vocab_joins<float> all = {};
+    for (int64_t b = 0; b < N; b++) vocab_join(all, b < full ? parts[b * size + i] : 0.0f);
+    narrow(vocab_joined(all), out + i);
 }
 
 /* --- products ------------------------------------------------------------------------------------ */
