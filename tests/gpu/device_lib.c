@@ -2,12 +2,16 @@
  * emulated, is opened as the engine opens it, and used through its table (backend/backend.h) alone. One arena; where
  * operands lie in it the caller says. Calls return a status; hs_gpu_text has the words. */
 #include <dlfcn.h>
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "backend/backend.h"
+#include "backend/links.h"
 #include "backend/products.h"
 #include "kernels/args.h"
 
@@ -20,6 +24,8 @@ typedef struct gpu {
     uint8_t *arena, *window; /* of the device, of the host (pinned) */
     size_t arena_bytes, window_bytes;
     uint32_t products;
+    char plain
+        [2000]; /* those of them that a plain kernel computes: m x n x k and types, a line each */
     hs_why why;
 } gpu;
 
@@ -116,7 +122,19 @@ static hs_status settle(uint32_t kernel, const hs_args *args) {
     if (!missing) return HS_OK;
     the.products += missing;
     TRY(products->choose(the.device, list, &the.why));
+    for (uint32_t i = 0; i < missing; i++) {
+        const hs_algorithm_key *key = &list[i].key;
+        const size_t at = strlen(the.plain);
+        if (!list[i].candidates)
+            (void)snprintf(the.plain + at, sizeof the.plain - at,
+                           "%" PRId64 " x %" PRId64 " x %" PRId64 " of types %d, %d into %d\n",
+                           key->m, key->n, key->k, key->type_a, key->type_b, key->type_out);
+    }
     return products->use(the.device, list, missing, &the.why);
+}
+
+const char *hs_gpu_plain(void) {
+    return the.plain;
 }
 
 /* How many products have been settled since open: HS_ALGORITHMS_MAX at most. */
@@ -142,6 +160,49 @@ hs_status hs_gpu_call(uint32_t kernel, uint32_t dtype, const uint8_t *before, ui
     TRY(t->copy(the.device, HS_STREAM_OUT, after, the.arena, bytes, HS_COPY_FROM_DEVICE, &the.why));
     TRY(t->record(the.device, HS_STREAM_OUT, TAKEN, &the.why));
     return t->wait(the.device, TAKEN, &the.why);
+}
+
+/* Pins a memory file of so many bytes, as a snapshot's slot is, and copies the arena's beginning into it. */
+hs_status hs_gpu_pin(size_t bytes) {
+    const int fd = memfd_create("pinned", MFD_CLOEXEC);
+    void *at = MAP_FAILED;
+    if (fd >= 0 && ftruncate(fd, (off_t)bytes) == 0)
+        at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (fd >= 0) (void)close(fd);
+    if (at == MAP_FAILED) return hs_fail(&the.why, HS_E_IO, "no memory file of %zu bytes", bytes);
+    TRY(the.table->pin(the.device, at, bytes, &the.why)); /* until close, as the device's own */
+    return move(at, 0, bytes < the.arena_bytes ? bytes : the.arena_bytes, HS_COPY_FROM_DEVICE);
+}
+
+/* What links there are: shared memory, and the version of NCCL; the text is what is missing. */
+hs_status hs_gpu_links(uint32_t out[2]) {
+    hs_link_facts facts;
+    TRY(the.table->links->facts(the.device, true, &facts, &the.why));
+    out[0] = facts.shares_memory, out[1] = facts.library;
+    (void)snprintf(the.why.text, sizeof the.why.text, "%s", facts.why);
+    return HS_OK;
+}
+
+/* The arena for another process, with `word` at its beginning; and the word at the beginning of another's. */
+hs_status hs_gpu_share(uint32_t word, hs_link_memory *out) {
+    TRY(hs_gpu_put(&word, 0, sizeof word));
+    return the.table->links->export_memory(the.device, the.arena, the.arena_bytes, out, &the.why);
+}
+hs_status hs_gpu_reach(const hs_link_memory *memory, uint32_t *word) {
+    uint8_t *at;
+    TRY(the.table->links->import_memory(the.device, memory, &at, &the.why));
+    const hs_status st = the.table->links->peek(the.device, at, word, &the.why);
+    the.table->links->release(the.device, at);
+    return st;
+}
+
+/* A stream waits for a value that another one writes. */
+hs_status hs_gpu_value(void) {
+    const hs_link_table *const l = the.table->links;
+    TRY(l->wait_value(the.device, HS_STREAM_IN, the.arena, 77, &the.why));
+    TRY(the.table->record(the.device, HS_STREAM_IN, LOADED, &the.why));
+    TRY(l->write_value(the.device, HS_STREAM_OUT, the.arena, 77, &the.why));
+    return the.table->wait(the.device, LOADED, &the.why);
 }
 
 static double now(void) {

@@ -46,7 +46,7 @@ class DeviceLib:
         self, way: Path, library: Path, path: str, *, arena: int = 1 << 28, window: int = 1 << 16, index: int = 0
     ) -> None:
         self.c = ctypes.CDLL(str(way))
-        for name in ("hs_gpu_text", "hs_gpu_device", "hs_gpu_kernels"):
+        for name in ("hs_gpu_text", "hs_gpu_device", "hs_gpu_kernels", "hs_gpu_plain"):
             getattr(self.c, name).restype = ctypes.c_char_p
         self.arena, self.window, self.library, self.path, self.index = arena, window, library, path, index
         self.lost = self.failed = False
@@ -78,6 +78,38 @@ class DeviceLib:
         numbers = (ctypes.c_uint64 * 4)()
         self.c.hs_gpu_facts(numbers)
         return Facts(self.c.hs_gpu_device().decode(), self.c.hs_gpu_kernels().decode(), *(int(n) for n in numbers))
+
+    # --- what a device is asked once (probe.py)
+
+    def plain(self) -> list[str]:
+        """The products so far that the library has no algorithm for."""
+        return list(self.c.hs_gpu_plain().decode().splitlines())
+
+    def pin(self, size: int) -> None:
+        """A memory file of this size is pinned, and copied into."""
+        self._done(self.c.hs_gpu_pin(ctypes.c_size_t(size)), "pinning")
+
+    def links(self) -> tuple[bool, int, str]:
+        """(memory can be shared, NCCL's version, what is missing)."""
+        found = (ctypes.c_uint32 * 2)()
+        self._done(self.c.hs_gpu_links(found))
+        return bool(found[0]), int(found[1]), self.c.hs_gpu_text().decode()
+
+    def share(self, word: int) -> bytes:
+        """The arena's handle, for :meth:`reach` of another process."""
+        out = ctypes.create_string_buffer(80)
+        self._done(self.c.hs_gpu_share(ctypes.c_uint32(word), out), "sharing")
+        return out.raw
+
+    def reach(self, handle: bytes) -> int:
+        """The word at the beginning of another process's arena."""
+        word = ctypes.c_uint32()
+        self._done(self.c.hs_gpu_reach(handle, ctypes.byref(word)), "reaching")
+        return word.value
+
+    def value(self) -> None:
+        """A stream waits for a value that another one writes."""
+        self._done(self.c.hs_gpu_value(), "a value")
 
     def extent(self, kernel: str, dtype: int, dims: Sequence[int], operand: int) -> int:
         """Bytes of an operand."""
@@ -139,6 +171,16 @@ class DeviceLib:
                 f"{kernel} {list(dims)} changed byte {wrong[0]} of the arena, which it must not write; "
                 f"operands begin at {[int(o) for o in offsets if o >= 0]}"
             )
+
+    def zeros(self, kernel: str, dtype: int, dims: Sequence[int]) -> None:
+        """A call whose operands are all there, and zero; what it makes is not looked at."""
+        place, end = [], 0
+        for i in range(len(KERNELS[kernel].operands)):
+            size = self.extent(kernel, dtype, dims, i)
+            place.append(end)
+            self.put(np.zeros(size, np.uint8), end)
+            end += -(-size // ALIGN) * ALIGN
+        self.time(kernel, dtype, [place], dims, (), 1)
 
     # --- times
 

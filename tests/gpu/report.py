@@ -50,7 +50,7 @@ def rows_of(session: Session, tiny: bool) -> Iterator[Row]:
             yield from (r | emulated for r in _alone(workload(model, tiny), told["ours"]))
         elif what in PEER_LIMIT and told.get(what):
             yield from (r | emulated for r in _beside(workload(model, tiny), what, told))
-        elif what == "fp8" and "ours" in told:
+        elif what == "fp8" and {"ours", "bf16", "again"} <= set(told):
             w = workload(model, tiny)
             peer = (told["bf16"]["tokens_per_s"] + told["again"]["tokens_per_s"]) / 2
             yield row(w.row("fp8"), told["ours"]["tokens_per_s"], "tok/s", "bf16", peer, FP8) | emulated
@@ -86,8 +86,9 @@ def _beside(w: Workload, name: str, told: dict[str, Any]) -> Iterator[Row]:
     if found is None:
         return
     variant, peer = found
-    ours = (told["ours"]["tokens_per_s"] + told["again"]["tokens_per_s"]) / 2
-    drift = abs(told["ours"]["tokens_per_s"] - told["again"]["tokens_per_s"]) / ours
+    again = told.get("again", told["ours"])  # the stage may have been ended before it
+    ours = (told["ours"]["tokens_per_s"] + again["tokens_per_s"]) / 2
+    drift = abs(told["ours"]["tokens_per_s"] - again["tokens_per_s"]) / ours
     more = {"variant": variant, "attention": peer.get("attention"), "version": peer.get("version"), "drift": drift}
     yield row(w.row("bf16"), ours, "tok/s", name, peer["tokens_per_s"], PEER_LIMIT[name], **more)
     yield row(f"start/{w.name}", told["ours"]["start_s"], "s", name, peer["start_s"], 1.0, least=False)

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from tests.gpu.device_lib import DeviceLib, fill
+from tests.gpu.device_lib import DeviceError, DeviceLib, fill
 from trainer import wire
 from trainer.plan.compiled import Plan
 from trainer.plan.flops import work
@@ -112,16 +112,24 @@ def time_call(
     return best, moved(sizes, kernel, absent, dims)
 
 
-def timed(lib: DeviceLib, plan: Plan, long_s: float = LONG_S) -> tuple[list[Timed], list[str]]:
-    """Every distinct call of a step, the one that takes longest in all first; and what could not be timed."""
+def timed(
+    lib: DeviceLib, plan: Plan, long_s: float = LONG_S, so_far: Callable[[list[Timed]], None] = lambda found: None
+) -> tuple[list[Timed], list[str]]:
+    """Every distinct call of a step, the one that takes longest in all first; and what could not be timed. ``so_far``
+    is called after each."""
     found, left_out = [], []
     for (kernel, dtype, dims, reals, absent), count in calls_of(plan).items():
         try:
             seconds, size = time_call(lib, kernel, dtype, dims, reals, absent, long_s)
-        except MemoryError as error:
+        except (MemoryError, DeviceError) as error:
             left_out.append(str(error))
+            if lib.failed:
+                lib.reopen()
+            if lib.lost:
+                break
             continue
         found.append(Timed(kernel, dtype, dims, count, seconds, size, _products(kernel, dims)))
+        so_far(found)
     return sorted(found, key=lambda t: -t.seconds * t.count), left_out
 
 

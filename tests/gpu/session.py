@@ -38,7 +38,7 @@ MORE, CANNOT = 75, 69  # exit codes: there is more to do; nothing can be done he
 @dataclass(frozen=True)
 class Stage:
     """``limit_s``: it is ended then, and has failed; ``least_s``: it is not begun with less left of the call;
-    ``needs``: what of the machine; ``after``: stages that must have passed."""
+    ``needs``: what of the machine; ``after``: stages that must have passed, or have figures in spite of a failure."""
 
     name: str
     about: str
@@ -138,7 +138,7 @@ class Session:
                 return self.lacks[need]
         for name in stage.after:
             before = self.done.get(name)
-            if before is not None and before.over and before.outcome != "passed":
+            if before is not None and before.over and before.outcome != "passed" and not before.told.get("figures"):
                 return f"{name} {'failed' if before.outcome == 'failed' else 'was skipped: ' + before.why}"
         return ""
 

@@ -19,22 +19,30 @@ import sys
 import tempfile
 import time
 import traceback
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.gpu import box
 from tests.gpu.session import CANNOT, ROOT, Stage
+from tests.gpu.under_pytest import under_pytest
+from trainer.wire.files import write_file
 
 Told = dict[str, Any]
 HERE = Path(__file__).resolve().parent
 BUILT = ".built.json"  # where the build's files are, for the stages after it
-PROCESSES = 8  # at most, for tests that lost their device
-LOST = "the device was lost in a test before this one"
 PEERS = ("torch", "jax")
 MODELS = ("gpt2-124m", "llama-1b", "gpt2-1.5b")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+_result: list[Path] = []  # where this process hands over what its stage found
+
+
+def so_far(told: Told) -> None:
+    """What the stage has by now, kept where it is ended before its end."""
+    for path in _result:
+        write_file(path, json.dumps(told).encode(), 0o644)
 
 
 class Cannot(Exception):
@@ -52,23 +60,24 @@ def tiny() -> bool:
 def stages() -> list[Stage]:
     """In their order."""
     one, more, build = ("device",), ("device", "nvcc", "compilers"), ("build",)
-    sanitizer_, clean = ("compute-sanitizer",), ("memcheck",)
+    sanitizer_ = ("compute-sanitizer",)
     small, llama, large = (f"train-{model}" for model in MODELS)
     found = [
         Stage("build", "engine, library and the tests' way to a device", 300, 60, more),
+        Stage("probe", "what only a device can say, a question a process", 120, 20, one, build),
         Stage("facts", "the device as the backend opens it, copy rates, a large product", 90, 20, one, build),
+        Stage(small, "GPT-2 124M, bf16: tokens a second, start, memory", 120, 30, one, build),
         Stage("kernels-exact", "odd shapes on cuda-exact: the CPU's bits, the oracle's bounds", 240, 40, one, build),
         Stage("kernels-cuda", "odd shapes on cuda: the oracle's bounds, one bit pattern", 240, 40, one, build),
         Stage("models-exact", "tiny and golden models on cuda-exact", 240, 45, one, build),
         Stage("models-cuda", "tiny and golden models on cuda", 240, 45, one, build),
-        Stage(small, "GPT-2 124M, bf16: tokens a second, start, memory", 120, 30, one, build),
         Stage("torch-gpt2-124m", "GPT-2 124M beside PyTorch", 330, 150, (*one, "torch"), (small,)),
         Stage("roofline-gpt2-124m", "each kernel call of GPT-2 124M beside the probes", 120, 40, one, (small,)),
         Stage("timeline-gpt2-124m", "time of a step outside kernels", 90, 30, ("gpu",), (small,)),
         Stage("channels", "two ranks on one device: one rank's bits", 120, 30, one, (small,)),
         Stage("large-exact", "kernels at real sizes on cuda-exact", 300, 90, one, build),
         Stage("large-cuda", "kernels at real sizes on cuda", 300, 90, one, build),
-        Stage("memcheck", "compute-sanitizer on the small kernel cases", 300, 90, sanitizer_, ("kernels-exact",)),
+        Stage("memcheck", "compute-sanitizer on the small kernel cases", 300, 90, sanitizer_, build),
         Stage(llama, "a llama of 1B, T 4096, bf16", 120, 40, one, build),
         Stage("torch-llama-1b", "the llama beside PyTorch", 420, 170, (*one, "torch"), (llama,)),
         Stage(large, "GPT-2 1.5B-shaped, bf16", 150, 45, one, build),
@@ -76,9 +85,9 @@ def stages() -> list[Stage]:
         Stage("snapshot", "what a snapshot of a large state costs the steps around it", 150, 60, one, (llama,)),
         Stage("fp8-llama-1b", "the llama in FP8 beside bf16", 200, 60, (*one, "fp8"), (llama,)),
         Stage("roofline-llama-1b", "each kernel call of the llama beside the probes", 120, 50, one, (llama,)),
-        Stage("racecheck", "compute-sanitizer: races in shared memory", 240, 60, sanitizer_, clean),
-        Stage("initcheck", "compute-sanitizer: memory read before it was written", 240, 60, sanitizer_, clean),
-        Stage("synccheck", "compute-sanitizer: barriers", 240, 60, sanitizer_, clean),
+        Stage("racecheck", "compute-sanitizer: races in shared memory", 240, 60, sanitizer_, build),
+        Stage("initcheck", "compute-sanitizer: memory read before it was written", 240, 60, sanitizer_, build),
+        Stage("synccheck", "compute-sanitizer: barriers", 240, 60, sanitizer_, build),
         Stage("jax-gpt2-124m", "GPT-2 124M beside JAX", 300, 120, (*one, "jax"), (small,)),
         Stage("jax-llama-1b", "the llama beside JAX", 400, 150, (*one, "jax"), (llama,)),
         Stage("jax-gpt2-1.5b", "GPT-2 1.5B-shaped beside JAX", 480, 200, (*one, "jax"), (large,)),
@@ -107,59 +116,6 @@ def run(
         flush=True,
     )
     return done
-
-
-def under_pytest(file: str, path: str, more: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> Told:
-    """pytest over a file of this folder, each test with its outcome. Tests that lost their device to one before them
-    are done in another process."""
-    tests: list[Told] = []
-    with tempfile.TemporaryDirectory(prefix="hotstage-gpu-") as scratch:
-        left, wanted = Path(scratch) / "junit.xml", Path(scratch) / "wanted"
-        variables = {"HOTSTAGE_GPU_PATH": path} | (more or {})
-        for _ in range(PROCESSES):
-            left.unlink(missing_ok=True)
-            command = [*prefix, sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
-            command += [f"--basetemp={scratch}/tmp", f"--junitxml={left}", str(HERE / file)]
-            done = run(command, more=variables)
-            if not left.exists():
-                raise AssertionError(f"pytest ended with {done.returncode}: {(done.stdout + done.stderr)[-800:]}")
-            found = read_junit(left.read_text(), path)
-            lost = [test for test in found if test["outcome"] == "skipped" and LOST in test["why"]]
-            tests += [test for test in found if test not in lost]
-            if not lost:
-                break
-            wanted.write_text("\n".join(test["name"].removesuffix(f"[{path}]") for test in lost))
-            variables["HOTSTAGE_GPU_ONLY"] = str(wanted)
-        else:
-            tests += lost  # they count as skipped, and say why
-    failed = [test["name"] for test in tests if test["outcome"] == "failed"]
-    said = done.stdout + done.stderr
-    # a tool that runs the tests begins with what it cannot do, and ends with what it found
-    told: Told = {
-        "tests": tests,
-        "code": done.returncode,
-        "said": said if len(said) < 6000 else f"{said[:3000]}\n...\n{said[-3000:]}",
-    }
-    if failed or (done.returncode != 0 and not prefix):
-        first = next((test["why"] for test in tests if test["outcome"] == "failed"), told["said"])
-        told["why"] = f"{len(failed)} of {len(tests)} tests failed, the first {failed[:1]}: {first[-400:]}"
-        told["failed"] = True
-    return told
-
-
-def read_junit(text: str, path: str) -> list[Told]:
-    """pytest's report as ours."""
-    tests = []
-    for case in ElementTree.fromstring(text).iter("testcase"):
-        outcome, why = "passed", ""
-        for kind in ("failure", "error", "skipped"):
-            found = case.find(kind)
-            if found is not None:
-                outcome = "skipped" if kind == "skipped" else "failed"
-                why = (found.get("message") or "") + "\n" + (found.text or "")[-1500:]
-        name = f"{case.get('name')}[{path}]"
-        tests.append({"name": name, "outcome": outcome, "seconds": float(case.get("time") or 0), "why": why.strip()})
-    return tests
 
 
 def one_test(name: str, passed: bool, why: str = "") -> Told:
@@ -196,6 +152,12 @@ def build_all(folder: Path) -> Told:
         "figures": {"seconds": built.seconds, "slowest": built.slowest},
         "notes": [f"{k}: {v}" for k, v in where.items()],
     }
+
+
+def probe(folder: Path) -> Told:
+    from tests.gpu.probe import asked
+
+    return asked(so_far)
 
 
 def facts(folder: Path) -> Told:
@@ -235,15 +197,17 @@ class opened:
 
 
 def kernels(path: str) -> Told:
-    return under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "one" if tiny() else "odd"})
+    cases = {"HOTSTAGE_GPU_CASES": "one" if tiny() else "odd"}
+    return under_pytest("device_kernels.py", path, cases, quiet_s=60, so_far=so_far)
 
 
 def large(path: str) -> Told:
-    return under_pytest("device_kernels.py", path, {"HOTSTAGE_GPU_CASES": "one-large" if tiny() else "large"})
+    cases = {"HOTSTAGE_GPU_CASES": "one-large" if tiny() else "large"}
+    return under_pytest("device_kernels.py", path, cases, so_far=so_far)
 
 
 def models(path: str) -> Told:
-    return under_pytest("device_models.py", path, {"HOTSTAGE_GPU_CASES": "one"} if tiny() else {})
+    return under_pytest("device_models.py", path, {"HOTSTAGE_GPU_CASES": "one"} if tiny() else {}, so_far=so_far)
 
 
 def sanitizer(tool: str) -> Told:
@@ -278,7 +242,9 @@ def train(model: str, folder: Path) -> Told:
     w = workload(model, tiny())
     choice = folder / f".algorithms-{model}"
     choice.unlink(missing_ok=True)
-    first, again = (trained(w, "bf16", algorithms=choice) for _ in range(2))
+    first = trained(w, "bf16", algorithms=choice)
+    so_far({"figures": {"ours": first.told(w) | {"first_start_s": first.start_s}}})
+    again = trained(w, "bf16", algorithms=choice)
     equal = again.losses == first.losses
     ours = again.told(w) | {"first_start_s": first.start_s}
     told: Told = {"figures": {"ours": ours}, "tests": [one_test(f"two runs of {model} give equal losses", equal)]}
@@ -297,6 +263,7 @@ def beside(name: str, model: str, folder: Path) -> Told:
     before = trained(w, "bf16", algorithms=choice).told(w)
     variants = ("autocast", "pure") if name == "torch" else ("",)
     found: dict[str, Told] = {}
+    so_far({"figures": {"ours": before}})
     for variant in variants:
         arguments = [variant] if variant else []
         if name == "torch" and box.emulated():
@@ -306,6 +273,7 @@ def beside(name: str, model: str, folder: Path) -> Told:
         # what JAX sets aside is not what it needs: it tells its own peak
         said["memory_mib"] = said.get("jax_peak_mib") or memory.mib or said.get("torch_reserved_mib")
         found[variant or name] = said
+        so_far({"figures": {"ours": before, name: found}})
     after = trained(w, "bf16", algorithms=choice).told(w)
     speeds = [said["tokens_per_s"] for said in found.values() if "tokens_per_s" in said]
     told: Told = {"figures": {"ours": before, "again": after, name: found}}
@@ -329,7 +297,7 @@ def fp8(model: str) -> Told:
 
 
 def roofline(model: str) -> Told:
-    from tests.gpu.roofline import probes, timed
+    from tests.gpu.roofline import LONG_S, Timed, probes, timed
     from tests.gpu.workloads import plan_of, workload
 
     w = workload(model, tiny())
@@ -337,16 +305,21 @@ def roofline(model: str) -> Told:
         plan = plan_of(w, "bf16", 1, Path(scratch))
     with opened("cuda", arena=1 << 22 if tiny() else 6 << 30, window=1 << 16 if tiny() else 1 << 28) as lib:
         rates = probes(lib, tiny())
-        found, left_out = timed(lib, plan, 0) if tiny() else timed(lib, plan)
-    rows = [one.told(rates["copy on device"], rates["product bf16"]) for one in found]
-    whole = sum(one.seconds * one.count for one in found)
-    for row in rows:
+
+        def told_of(found: Sequence[Timed]) -> Told:
+            rows = [one.told(rates["copy on device"], rates["product bf16"]) for one in found]
+            whole = sum(one.seconds * one.count for one in found)
+            return {"kernels": rows, "probes": rates, "sum_ms": whole * 1e3}
+
+        found, left_out = timed(lib, plan, 0 if tiny() else LONG_S, lambda some: so_far({"figures": told_of(some)}))
+    figures = told_of(found)
+    for row in figures["kernels"]:
         print(json.dumps(row))
     notes = [
-        f"the calls of a step, timed alone, take {whole * 1e3:.2f} ms",
+        f"the calls of a step, timed alone, take {figures['sum_ms']:.2f} ms",
         *(f"left out: {text}" for text in left_out),
     ]
-    return {"figures": {"kernels": rows, "probes": rates, "sum_ms": whole * 1e3}, "notes": notes}
+    return {"figures": figures, "notes": notes}
 
 
 def timeline(model: str) -> Told:
@@ -369,8 +342,9 @@ def snapshot(folder: Path) -> Told:
 
 def function_of(name: str) -> Callable[[Path], Told]:
     """What a stage of the list does."""
-    if name in ("build", "facts", "channels", "snapshot"):
-        return {"build": build_all, "facts": facts, "channels": channels, "snapshot": snapshot}[name]
+    alone = {"build": build_all, "probe": probe, "facts": facts, "channels": channels, "snapshot": snapshot}
+    if name in alone:
+        return alone[name]
     if name in TOOLS:
         return lambda _: sanitizer(name)
     what, _, which = name.partition("-")
@@ -394,6 +368,7 @@ def main() -> int:
             "HOTSTAGE_GPU_WAY": built["way"],
         }
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _result.append(result)
     code = 0
     try:
         told = function_of(name)(folder)

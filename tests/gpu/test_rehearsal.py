@@ -17,7 +17,7 @@ import pytest
 
 from tests.engine import cuda_lib
 from tests.engine.engine_build import engine
-from tests.gpu import stages
+from tests.gpu import under_pytest
 from tests.gpu.box import module_version
 from tests.gpu.build import Builder, build_way_to_device
 from tests.gpu.session import MORE
@@ -70,6 +70,8 @@ def test_a_session(engine: Path, tmp_path: Path) -> None:
     roofs = json.loads((tmp_path / "gpu" / "rooflines.json").read_text())
     assert sorted(roofs) == ["gpt2-124m", "llama-1b"]
     summary = (tmp_path / "gpu" / "summary.txt").read_text()
+    assert "probe: rounding: fma.rn.ftz finds denormal numbers after rounding, as x86" in summary
+    assert "NOT AS HOPED" not in summary
     assert f"{len(of_stages) - len(skipped)} passed, {len(skipped)} skipped" in summary
     assert "$ HOTSTAGE_GPU_PATH=cuda " in log
     back = {p.name for p in (tmp_path / "back").iterdir()}
@@ -82,16 +84,15 @@ def test_a_lost_device_costs_the_test_that_lost_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOTSTAGE_CUDA", str(cuda_lib.build()))
     monkeypatch.setenv("HOTSTAGE_GPU_WAY", str(build_way_to_device(Builder(tmp_path))))
     monkeypatch.setenv("HS_EMULATED_FAIL", "120 700")  # the 120th kernel of each process
-    monkeypatch.setattr(stages, "PROCESSES", 50)  # enough that all is done, however many kernels there come to be
-    run, codes = stages.run, list[int]()
+    monkeypatch.setattr(under_pytest, "PROCESSES", 50)  # enough that all is done, however many kernels there come to be
+    ended, codes = under_pytest._ended, list[int | None]()
 
-    def counted_run(*arguments: Any, **named: Any) -> subprocess.CompletedProcess[str]:
-        done = run(*arguments, **named)
-        codes.append(done.returncode)
-        return done
+    def counted(*arguments: Any) -> int | None:
+        codes.append(ended(*arguments))
+        return codes[-1]
 
-    monkeypatch.setattr(stages, "run", counted_run)
-    told = stages.under_pytest("device_kernels.py", "cuda-exact", {"HOTSTAGE_GPU_CASES": "one"})
+    monkeypatch.setattr(under_pytest, "_ended", counted)
+    told = under_pytest.under_pytest("device_kernels.py", "cuda-exact", {"HOTSTAGE_GPU_CASES": "one"})
     assert told["failed"]
     failed = [test for test in told["tests"] if test["outcome"] == "failed"]
     assert len(codes) > 1, "the rest was not done in another process"

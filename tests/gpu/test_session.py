@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from tests.gpu.bare.safetensors.numpy import load_file as bare_load_file
 from tests.gpu.build import ENGINE, ROOMS, engine_units
 from tests.gpu.session import CANNOT, LOG, MORE, STATE, Session, Stage
 from tests.gpu.snapshot import blocked_ms
-from tests.gpu.stages import TOOLS, function_of, read_junit, stages
+from tests.gpu.stages import TOOLS, function_of, stages
+from tests.gpu.under_pytest import LOST, heard, under_pytest
 from tests.support.wait import wait_for
 
 KEY = {"tree": "t", "device": "d", "driver": "1"}
@@ -31,6 +33,10 @@ PROGRAMS = {
     "cannot": "write({'why': 'no such tool'}); sys.exit(69)",
     "crash": "os.kill(os.getpid(), signal.SIGSEGV)",
     "hang": "print('begun', flush=True); time.sleep(600)",
+    "half": (
+        "write({'tests': [{'name': 'half-way', 'outcome': 'passed', 'seconds': 0, 'why': ''}], 'figures': {'ours': 1}})"
+        "; time.sleep(600)"
+    ),
 }
 HEAD = "import json, os, signal, sys, time\nwrite = lambda v: open(sys.argv[1], 'w').write(json.dumps(v))\n"
 
@@ -72,6 +78,16 @@ def test_each_outcome_is_kept_and_the_next_goes_on(tmp_path: Path, capsys: pytes
     assert "it is broken" in told
     assert [t["stage"] for t in json.loads((tmp_path / "test.json").read_text())] == ["good", "good-4"]
     assert "$ " in (tmp_path / LOG).read_text()
+
+
+def test_what_a_stage_had_when_it_was_ended_is_kept(tmp_path: Path) -> None:
+    """And a stage that stands on its figures is done all the same."""
+    after = Stage("good", "", 20, 1, (), ("half",))
+    s = session(tmp_path, [Stage("half", "", 2, 0.1), after])
+    assert s.run(60) == 1
+    assert outcomes(s) == {"half": "failed", "good": "passed"}
+    assert s.done["half"].told["figures"] == {"ours": 1}
+    assert [t["name"] for t in json.loads((tmp_path / "test.json").read_text())] == ["half-way", "a"]
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
@@ -233,7 +249,8 @@ def test_every_stage_has_its_function_and_its_order() -> None:
         assert stage.least_s <= stage.limit_s <= 535
         assert set(stage.after) <= set(names[:place]), "a stage comes before one that it stands on"
     assert set(TOOLS) <= set(names)
-    assert names.index("train-gpt2-124m") < names.index("large-exact"), "the oracle of real sizes takes minutes"
+    assert names.index("train-gpt2-124m") < names.index("kernels-exact"), "does it run at all comes first"
+    assert names.index("torch-gpt2-124m") < names.index("large-exact"), "the oracle of real sizes takes minutes"
 
 
 def test_times_outside_kernels() -> None:
@@ -266,16 +283,70 @@ def test_rows_have_the_form_of_the_bench() -> None:
     assert {"name", "value", "unit", "peer", "peer_value", "ratio"} <= set(rows[0])
 
 
-def test_architectures_and_junit() -> None:
+def test_architectures() -> None:
     assert [box.architecture([{"compute_cap": c}]) for c in ("8.0", "8.9", "9.0", "10.0")] == [
         "sm_80",
         "sm_89",
         "sm_90a",
         "sm_100a",
     ]
-    cases = '<testcase name="a" time="1"/><testcase name="b"><failure message="m">t</failure></testcase>'
-    text = f"<testsuites><testsuite>{cases}</testsuite></testsuites>"
-    assert [(t["name"], t["outcome"]) for t in read_junit(text, "p")] == [("a[p]", "passed"), ("b[p]", "failed")]
+
+
+TESTS = """
+import os, signal, time
+import pytest
+@pytest.mark.parametrize("kind", ["good", "wrong", "hang", "abort", "lost", "skip", "good-2"])
+def test_some(kind):
+    if kind == "wrong": assert 1 == 2, "it is wrong"
+    if kind == "hang": time.sleep(600)
+    if kind == "abort": os.kill(os.getpid(), signal.SIGABRT)
+    if kind == "skip": pytest.skip("not here")
+    if kind == "lost" and not os.path.exists("{again}"):
+        open("{again}", "w").close()
+        pytest.skip("{lost}")
+"""
+
+
+def test_a_test_that_hangs_or_ends_its_process_costs_that_test(tmp_path: Path) -> None:
+    """The others are done in other processes, and what is through is told meanwhile."""
+    hooks = "pytest_collection_modifyitems", "pytest_collection_finish", "pytest_runtest_logstart"
+    hooks += ("pytest_runtest_logreport",)
+    (tmp_path / "conftest.py").write_text(f"from tests.gpu.conftest import {', '.join(hooks)}\n")
+    text = TESTS.replace("{again}", str(tmp_path / "again")).replace("{lost}", LOST)
+    (tmp_path / "test_some.py").write_text(text)
+    half: list[int] = []
+    told = under_pytest(
+        str(tmp_path / "test_some.py"), "p", quiet_s=3, so_far=lambda told: half.append(len(told["tests"]))
+    )
+    found = {test["name"]: test for test in told["tests"]}
+    outcomes = {name.removeprefix("test_some[").removesuffix("][p]"): test["outcome"] for name, test in found.items()}
+    wanted = {"good": "passed", "wrong": "failed", "hang": "failed", "abort": "failed", "lost": "passed"}
+    assert outcomes == wanted | {"skip": "skipped", "good-2": "passed"}
+    assert len(found) == len(told["tests"])
+    assert "told nothing for 3 s in this test" in found["test_some[hang][p]"]["why"]
+    assert f"ended with {-signal.SIGABRT} in this test" in found["test_some[abort][p]"]["why"]
+    assert "it is wrong" in found["test_some[wrong][p]"]["why"]
+    assert told["failed"]
+    assert "3 of 7 tests failed" in told["why"]
+    assert half[-1] == 7
+    assert any(0 < some < 7 for some in half)
+
+
+def test_what_a_process_told() -> None:
+    """As far as it came; the last line may be half of one."""
+    lines = ['{"all": ["a", "b"]}', '{"begun": "a"}']
+    for when, outcome in (("setup", "passed"), ("call", "failed"), ("teardown", "passed")):
+        phase = {
+            "name": "a",
+            "when": when,
+            "outcome": outcome,
+            "seconds": 0.5,
+            "why": "w" if outcome == "failed" else "",
+        }
+        lines.append(json.dumps(phase))
+    told = heard([*lines, '{"begun": "b"}', '{"name": "b", "wh'])
+    assert told.tests == [{"name": "a", "outcome": "failed", "seconds": 1.5, "why": "w"}]
+    assert (told.every, told.inside) == (["a", "b"], "b")
 
 
 def test_what_a_snapshot_blocks() -> None:
