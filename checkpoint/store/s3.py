@@ -4,11 +4,8 @@ create = PutObject with ``If-None-Match: *`` and the SHA-256 of the body, which 
 retries are off: after an unclear answer a blind retry of one's own success looks like a loss, so the retries are here,
 and whenever the answer is unclear the object is read back and compared (``base.Store.create``).
 
-Credentials come from where boto3 finds them (environment, profile, web identity, instance role), never from the
-address; they are not logged and not in any error. Where the server says that they have expired or are unknown they are
-looked for again (``_renew``): a file, a credential process or a role may have newer ones. The rest of boto3's
-configuration (region, endpoint, addressing style, CA bundle, checksums) holds too where the address says nothing else;
-time-outs and retries are ours. Every exception of the SDK becomes one of ours in ``s3_answers.translate``.
+The client of the SDK and its credentials are in ``s3_session.py``. Every exception of the SDK becomes one of ours in
+``s3_answers.translate``.
 
 Servers between here and S3 answer oddly: sizes that are not told are found out (``_size``), a Range that is ignored is
 cut out here, a page of HTML is never taken for an answer.
@@ -18,11 +15,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
-import math
-import os
 import re
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -30,7 +23,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
-import botocore.config
 import botocore.exceptions
 import botocore.parsers
 
@@ -39,11 +31,9 @@ from checkpoint.errors import (
     CredentialsRefused,
     Damaged,
     NotFound,
-    StoreError,
     StoreRefused,
     StoreUnavailable,
 )
-from checkpoint.store import s3_settings
 from checkpoint.store.base import (
     PAID,
     Data,
@@ -57,10 +47,10 @@ from checkpoint.store.base import (
     ignored,
 )
 from checkpoint.store.limits import PACED_BYTES, Rate
-from checkpoint.store.s3_answers import CREDENTIALS, FOREIGN, NOT_S3, Retry, translate
-from checkpoint.store.s3_bodies import Outgoing, hand_over, read_all, read_into
+from checkpoint.store.s3_answers import FOREIGN, NOT_S3, Retry, translate
+from checkpoint.store.s3_bodies import Outgoing, read_all, read_into
+from checkpoint.store.s3_session import S3Session
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PART = re.compile(r"bytes (\d{1,19})-(\d{1,19})/")
@@ -98,37 +88,22 @@ class S3Store:
         encrypt = {"ServerSideEncryption": sse, "SSEKMSKeyId": kms_key}
         self._encrypt = {name: value for name, value in encrypt.items() if value is not None}
         self._url = f"s3://{bucket}/{quote(prefix)}".rstrip("/") + (f"?{urlencode(plain, safe=':/')}" if plain else "")
-        self._options: dict[str, Any] = {"endpoint_url": endpoint, "region_name": region}
-        self._config = botocore.config.Config(
-            connect_timeout=connect_s,
-            read_timeout=read_s,
-            retries={"total_max_attempts": 1, "mode": "standard"},
-            signature_version="s3v4",
-            max_pool_connections=32,
-            tcp_keepalive=True,
-            user_agent_extra="hotstage",
-        )
         self._read_s, self._rate = read_s, None  # type: float, Rate | None
-        self._path_style = path_style
-        self._renew_s, self._renewed_at = renew_s, -math.inf
-        self._lock = threading.Lock()
-        self.client, self._session = self._open()
+        self.session = S3Session(
+            self._url,
+            endpoint=endpoint,
+            region=region,
+            path_style=path_style,
+            connect_s=connect_s,
+            read_s=read_s,
+            renew_s=renew_s,
+            clock=self._retry.clock,
+        )
 
-    def _open(self) -> tuple[Any, Any]:
-        """A client with the credentials of now, and the session that found them."""
-        try:
-            made = s3_settings.session()
-            config = self._config.merge(botocore.config.Config(**s3_settings.unless_configured(made, self._path_style)))
-            client: Any = made.client("s3", config=config, **self._options)
-            s3_settings.check_bundle(made, str(client.meta.endpoint_url))
-            client.meta.events.register_last("before-call.s3.PutObject", hand_over)
-            return client, made
-        except FOREIGN as error:
-            if isinstance(error, CREDENTIALS):
-                raise translate(error, f"opening {self._url}", self._url) from error
-            raise StoreRefused(
-                f"opening {self._url}: {error}{s3_settings.mend(error, self._options['region_name'])}"
-            ) from error
+    @property
+    def client(self) -> Any:
+        """The SDK's, with the credentials of now."""
+        return self.session.client
 
     @property
     def url(self) -> str:
@@ -306,9 +281,9 @@ class S3Store:
         try:
             return self._answer(client, operation, what, key, **arguments)
         except (CredentialsExpired, CredentialsRefused) as error:
-            if self._renew(client):
+            if self.session.renew(client):
                 return self._answer(self.client, operation, what, key, **arguments)
-            raise type(error)(f"{error}; {self._source()}") from error
+            raise type(error)(f"{error}; {self.session.source()}") from error
 
     def _answer(self, client: Any, operation: str, what: str, key: str, **arguments: Any) -> dict[str, Any]:
         try:
@@ -331,56 +306,6 @@ class S3Store:
         if page and operation != "get_object" and headers.get("content-length") != "0":
             raise StoreRefused(f"{what}: {self._url} answered with a page of HTML; {NOT_S3}")
         return answer
-
-    def _renew(self, failed: Any) -> bool:
-        """Look for credentials again after the server refused those of ``failed``; whether there are others now.
-
-        Not more often than every ``renew_s``: a credential process is not started for each call that fails.
-        """
-        with self._lock:
-            if self.client is not failed:
-                return True  # another thread has found them
-            now = self._retry.clock()
-            if now - self._renewed_at < self._renew_s:
-                return False
-            self._renewed_at = now
-            try:
-                client, session = self._open()
-                found = _frozen(session)
-                if not found or found == _frozen(self._session):
-                    return False
-            except (StoreError, *FOREIGN) as error:
-                logger.warning("%s: looking for newer credentials: %s: %s", self._url, type(error).__name__, error)
-                return False
-            self.client, self._session = client, session
-            logger.warning("%s: the credentials had expired or changed; going on with those of now", self._url)
-            return True
-
-    def _source(self) -> str:
-        """Where the credentials come from and how they are renewed, for people; never their values."""
-        try:
-            found = self._session.get_credentials()
-            method = "" if found is None else str(found.method)
-            profile = self._session.profile_name
-        except FOREIGN:
-            method, profile = "", "default"
-        if method == "env":
-            names = [n for n in ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN") if os.environ.get(n)]
-            return (
-                f"they come from {' and '.join(names)} in this process's environment, which cannot change while it "
-                "runs: stop it, set new ones, and start it again (it goes on from what is saved). Credentials of a "
-                "profile (AWS_PROFILE, with a file that is rewritten or a credential_process) or of a role are read "
-                "again without a restart"
-            )
-        if method in ("shared-credentials-file", "config-file"):
-            name = "AWS_SHARED_CREDENTIALS_FILE" if method.startswith("shared") else "AWS_CONFIG_FILE"
-            path = os.environ.get(name) or ("~/.aws/credentials" if method.startswith("shared") else "~/.aws/config")
-            return f"they are those of profile {profile!r} in {path}: write new ones there, the file is read again"
-        if method == "custom-process":
-            return f"they come from the credential_process of profile {profile!r}: it gave the same ones again"
-        if method:
-            return f"they come from {method} (profile {profile!r}), which gave no newer ones: log in again or mend it"
-        return "no others were found: set AWS_PROFILE, or give the pod a role"
 
     def _size(self, key: str, answer: dict[str, Any]) -> int:
         """The size of an object that was asked for; from the listing where the answer does not tell it."""
@@ -488,12 +413,6 @@ def _when(answer: dict[str, Any]) -> float | None:
     """When the object was written, by the server's clock, as far as it says."""
     told = answer.get("LastModified")
     return told.timestamp() if isinstance(told, datetime) else None
-
-
-def _frozen(session: Any) -> tuple[Any, ...]:
-    """A session's credentials as they are now, to compare."""
-    found = session.get_credentials()
-    return () if found is None else tuple(found.get_frozen_credentials())
 
 
 _MISMATCH = {"BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch", "InvalidDigest"}

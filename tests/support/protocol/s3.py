@@ -73,6 +73,7 @@ def _store() -> S3Store:
 def over_s3(line: Line) -> Store:
     """The line as a store: tries each call twice."""
     store = copy.copy(_store())
-    store.client = Client(line)
+    store.session = copy.copy(store.session)
+    store.session.client = Client(line)
     store._retry = Retry(attempts=2, clock=line.clock, sleep=line.tick, jitter=lambda: 0.5)
     return store
