@@ -1,4 +1,4 @@
-"""Stores for the tests of this folder: memory, a folder, and a real S3 server started once."""
+"""For the tests of this folder: stores in memory, in a folder and on a real S3 server started once; a long log."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.log import FOLD_EVERY, RunLog, RunState
 from checkpoint.store import Store, open_store
+from checkpoint.store.memory import MemoryStore
+from tests.checkpoint.samples import long_log
+from tests.support.hostile_s3 import SECRET, HostileS3, hostile_s3
 from tests.support.s3_server import S3Server, s3_server
 
 _numbers = itertools.count()
@@ -45,3 +49,19 @@ def collector(store: Store, request: pytest.FixtureRequest) -> Store:
 @pytest.fixture
 def files(tmp_path: Path) -> Store:
     return open_store((tmp_path / "store").as_uri())
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostileS3]:
+    """A server that answers as it is told to, and credentials for it."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with hostile_s3() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def long() -> tuple[RunLog, RunState]:
+    """A log with three folds."""
+    return long_log(MemoryStore(), 3 * FOLD_EVERY + 100)

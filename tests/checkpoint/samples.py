@@ -1,4 +1,4 @@
-"""Records and checkpoints that the tests of this folder write."""
+"""Records, logs and checkpoints that the tests of this folder write."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from checkpoint.digest import KINDS, leaf_digests, state_root, tree_root
 from checkpoint.log import RunLog, RunState
 from checkpoint.manifest import Manifest, PartManifest, checkpoint_body, merge
 from checkpoint.store import Store
+from checkpoint.store.memory import MemoryStore
 
+RUN = "demo-0a1b2c"
 WHAT = bytes(range(32))
 SHARD, TOKENIZER = bytes(5000), b"{}"
 DATASET_MANIFEST = codec.pack(
@@ -133,3 +135,35 @@ def digest(seed: int, step: int) -> bytes:
     """What the state digest must be, from the bytes themselves."""
     roots = (tree_root(leaf_digests(kind)) for kinds in state_bytes(seed) for kind in kinds)
     return state_root(step, step * 8, WHAT, roots)
+
+
+def started(store: Store | None = None) -> tuple[RunLog, RunState]:
+    log = RunLog(store or MemoryStore(), RUN, writer="driver")
+    return log, log.append("attempt", attempt_body(), log.fold())
+
+
+def long_log(store: Store, records: int) -> tuple[RunLog, RunState]:
+    log, state = started(store)
+    rng = random.Random(3)
+    while state.n < records:
+        kind = rng.choice(["checkpoint"] * 6 + ["attempt", "pin", "damaged", "intervention", "ended", "tombstone"])
+        some = rng.choice(state.checkpoints).n if state.checkpoints else None
+        body: dict[str, Any] | None = None
+        match kind:
+            case "checkpoint":
+                body = point_body(state.n * 10, state.epoch)
+            case "attempt":
+                body = attempt_body(some, 5, how={"a": {"b": {"c": [1, {"d": 2.5}]}}}, cause={"code": 75})
+            case "pin" if some:
+                body = {"name": f"p{rng.randrange(5)}", "checkpoint": some}
+            case "damaged" if some:
+                body = {"checkpoint": some, "reason": "x"}
+            case "tombstone" if some:
+                body = {"checkpoint": some}
+            case "intervention":
+                body = {"kind": "skip", "n": 3}
+            case "ended":
+                body = {"outcome": "cancelled", "reason": "r", "step": 3, "state_digest": "0" * 64}
+        if body is not None:
+            state = log.append(kind, body, state, epoch=state.epoch if kind == "checkpoint" else None)
+    return log, state

@@ -30,7 +30,7 @@ from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
 from checkpoint.store.memory import MemoryStore
 from tests.checkpoint.samples import TENSORS, WHAT, attempt_body, digest, save, state_bytes, write_parts
-from tests.checkpoint.test_log import survives
+from tests.support.mutations import survives
 
 RUN = "demo-0a1b2c"
 LAYOUTS = [

@@ -211,3 +211,49 @@ def drive(
 
 def channels(gang: Gang) -> str:
     return ",".join(":".join(map(str, channel)) for channel in gang.channels)
+
+
+def two(*more: tuple[int, int, int], **changes: object) -> Gang:
+    """Ranks 0 and 1 with a channel each way, and more."""
+    return Gang(channels=((0, 1, 300_000), (1, 0, 64), *more), ports=tuple(free_ports(2))).with_(**changes)
+
+
+def to_one(**changes: object) -> Gang:
+    """Rank 1 receives on channels 0 and 1; the test is rank 0."""
+    return Gang(channels=((0, 1, 1000), (0, 1, 64)), ports=tuple(free_ports(2))).with_(**changes)
+
+
+def dial_when_open(port: int) -> socket.socket:
+    """A connection to a listener that may not be there yet."""
+    found: list[socket.socket] = []
+
+    def attempt() -> bool:
+        try:
+            found.append(dial(port))
+        except OSError:
+            return False
+        return True
+
+    until(attempt, f"a listener on port {port}")
+    return found[0]
+
+
+@contextmanager
+def listening(port: int) -> Iterator[socket.socket]:
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("127.0.0.1", port))
+        s.listen()
+        s.settimeout(WAIT_S)
+        yield s
+
+
+def run_loop(path: Path, gang: Gang, *ranks: str, mode: str = "loop") -> tuple[int, str]:
+    done = subprocess.run(
+        [str(build_program("comm_drive")), mode, str(gang.file(path / "attempt")), channels(gang), *ranks],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    return done.returncode, done.stdout

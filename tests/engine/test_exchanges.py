@@ -8,8 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.comm_peer import Gang, contents, dial, drive, exactly, frame, free_ports, greet_receiver, until
-from tests.engine.test_comm import dial_when_open, run_loop
+from tests.engine.comm_peer import (
+    Gang,
+    contents,
+    dial,
+    dial_when_open,
+    drive,
+    exactly,
+    frame,
+    free_ports,
+    greet_receiver,
+    run_loop,
+    until,
+)
 
 MOST = 1000
 

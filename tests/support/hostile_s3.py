@@ -23,6 +23,11 @@ from io import BufferedIOBase
 from typing import BinaryIO, Literal
 from urllib.parse import parse_qs, unquote, unquote_plus, urlsplit
 
+from checkpoint.store.s3 import S3Store
+from checkpoint.store.s3_answers import Retry
+
+SECRET = "hunter2hunter2hunter2"
+"""Of the credentials that tests give; no message may hold it."""
 Fault = Literal[
     "reset",  # the connection is reset before anything is done
     "done-reset",  # done, then reset: the answer is lost
@@ -418,3 +423,12 @@ def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def client(peer: HostileS3, attempts: int = 4, renew_s: float = 0.0) -> S3Store:
+    """A store against the peer that waits for nothing between its attempts, nor before it looks for credentials."""
+    retry = Retry(attempts=attempts, sleep=lambda _: None, jitter=lambda: 0.0)
+    endpoint = f"http://127.0.0.1:{peer.port}"
+    return S3Store(
+        "bucket", "p", endpoint=endpoint, region="us-east-1", path_style=True, retry=retry, read_s=0.5, renew_s=renew_s
+    )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from checkpoint import codec
+from checkpoint.errors import Damaged, OtherVersion
 
 ODD: tuple[Any, ...] = (
     None,
@@ -106,3 +109,21 @@ def sealed(entries: int, plain: bytes) -> bytes:
     """A sealed map of so many entries, whose bytes these are: the digest is right."""
     whole = bytes([0x80 + entries]) + plain
     return bytes([0x81 + entries]) + plain + b"\xa6digest\xc4\x20" + hashlib.sha256(whole).digest()
+
+
+def survives(parse: Callable[[bytes], object], value: dict[str, Any], rng: random.Random) -> bool:
+    """Parse the sealed value with one or two mutations: True where it passed; only these two errors may come out."""
+    changed = value
+    for _ in range(rng.randrange(1, 3)):
+        changed = mutate(rng, changed)
+    if not isinstance(changed, dict) or len(changed) > 14:
+        return False
+    try:
+        data = codec.seal(changed, 500)
+    except ValueError:  # a number or text that nobody can write
+        return False
+    try:
+        parse(data)
+    except (Damaged, OtherVersion):
+        return False
+    return True

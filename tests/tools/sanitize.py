@@ -28,6 +28,8 @@ TESTS = (
     "test_supervisor.py",
     "test_agent_link.py",
     "test_comm.py",
+    "test_comm_failures.py",
+    "test_comm_order.py",
     "test_messages.py",
     "test_snapshot.py",
     "test_executor.py",

@@ -3,94 +3,24 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
-from checkpoint.agent.adopt import found_devices
 from checkpoint.agent.attempt import MOVES, NodePhase
 from checkpoint.agent.course import ADOPT_S, END_S, KILL_S, LAST_RANKS_S, LOST_S, Life
-from checkpoint.agent.devices import ON_CPU, Devices
 from checkpoint.agent.events import Timer
-from checkpoint.agent.machine import Machine
 from checkpoint.agent.rules import Broken
 from checkpoint.agent.status import RankStatus
-from checkpoint.log import EndedInfo, RunState
-from tests.support.agent_world import HERE, THERE, World, attempt_info, checkpoint_info, options
+from tests.checkpoint.agent.walk import Walk
+from tests.support.agent_world import HERE, THERE, World, checkpoint_info
 from trainer import wire
 
 SEQUENCES = int(os.environ.get("HOTSTAGE_MACHINE_SEQUENCES", "1200"))
 AGENT = Path(__file__).resolve().parents[3] / "checkpoint" / "agent"
-
-
-class Walk:
-    """A machine, driven by hand; ``busy``: uploads are under way."""
-
-    def __init__(self, nodes: int = 1, how: dict[str, Any] | None = None) -> None:
-        self.machine, self.nodes, self.now, self.how = Machine(options(nodes)), nodes, 0.0, how
-        self.busy = False
-
-    def on(self, event: ev.Event) -> list[Any]:
-        effects = list(self.machine.on(self.now, event))
-        for effect in list(effects):
-            if isinstance(effect, do.AskDrained):
-                effects += self.on(ev.Drained(not self.busy))
-        return effects
-
-    def names(self, event: ev.Event) -> list[str]:
-        return [e.name if isinstance(e, do.Send) else type(e).__name__ for e in self.on(event)]
-
-    def later(self, seconds: float) -> list[str]:
-        self.now += seconds
-        return [name for timer in self.machine.due(self.now) for name in self.names(ev.Due(timer))]
-
-    def log(self, *attempts: int, n: int = 0, ended: str = "", launch: str = "", **more: Any) -> list[str]:
-        infos = [attempt_info(a, self.nodes, how=self.how) for a in attempts]
-        if launch:
-            infos.append(attempt_info(max(attempts) + 1, self.nodes, launch))
-        n = n or max([0, *(info.n for info in infos)])
-        if ended:
-            n, more["ended"] = n + 1, EndedInfo(n + 1, n, 0.0, ended, "", 0, None)
-        return self.names(ev.LogRead(RunState("run", n, tuple(infos), **more)))
-
-    @property
-    def phase(self) -> NodePhase:
-        assert self.machine.attempt is not None
-        return self.machine.attempt.phase
-
-    def to(self, phase: NodePhase, epoch: int = 1) -> Walk:
-        """From a machine that knows nothing to this phase of an attempt, its supervisor there."""
-        if phase is NodePhase.ADOPT:
-            self.log(epoch)
-            self.on(ev.Recalled(epoch, True))
-            return self
-        older = 5 if phase is NodePhase.KILL else 0
-        self.on(ev.LogRead(RunState("run")))
-        self.on(ev.SupervisorHello(1, 100, older, 2 if older else 0))
-        self.log(epoch)
-        if phase is NodePhase.RECALL:
-            return self
-        self.on(ev.Recalled(epoch, False))
-        self.on(ev.Claimed(epoch, HERE))
-        if phase in (NodePhase.KILL, NodePhase.PREPARE):
-            return self
-        self.on(ev.Provided(epoch, {0: 1, 1: 2}, 4, (4, 1)))
-        if phase is NodePhase.PORTS:
-            return self
-        self.on(ev.Ports(1, epoch, b"\1\0\2\0"))
-        if phase is NodePhase.PEERS:
-            return self
-        if self.nodes > 1:
-            self.on(ev.Met(epoch, {0: ev.Address("h", [1, 2]), 1: ev.Address("i", [3, 4])}))
-        self.on(ev.Marked(epoch))
-        if phase is NodePhase.IDLE:
-            self.on(ev.EngineIdle(1, epoch))
-        return self
 
 
 def test_the_machine_and_what_it_is_made_of_are_pure() -> None:
@@ -400,63 +330,6 @@ def test_campaign() -> None:
     assert {(before, after) for before, afters in MOVES.items() for after in afters} - moves <= rare
 
 
-def devices_line(count: int, why: str = "") -> bytes:
-    one = {"name": "GPU", "uuid": "GPU-1", "capability": 90, "memory": 1}
-    devices = [{"index": index, **one} for index in range(count)]
-    return json.dumps({"devices": devices, "why": why, "driver": True, "chosen": None}).encode()
-
-
-def test_devices_are_looked_for_and_the_ranks_get_theirs() -> None:
-    walk = Walk().to(NodePhase.PREPARE)
-    *_, send = walk.on(ev.Provided(1, {0: 1, 1: 2}, 4, (4, 1)))
-    assert (send.name, send.a) == ("PREPARE", 1)
-    (meet,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(2)))
-    assert isinstance(meet, do.Meet), "also alone: what the run has of algorithms is fetched meanwhile"
-    (mark,) = walk.on(ev.Met(1, {0: meet.address}))
-    assert (mark.nodes[0].ports, mark.nodes[0].devices.kind, mark.nodes[0].devices.of_rank) == ((1, 2), "cuda", (0, 1))
-
-
-def test_a_node_that_cannot_run_what_was_asked_for_refuses_the_attempt() -> None:
-    walk = Walk(how={"parallel": {"device": "cuda"}}).to(NodePhase.PORTS)
-    assert walk.names(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(0, "no driver"))) == ["Cancel", "Remember"]
-    said = walk.machine.attempt.ranks[0]
-    assert (said.code, said.words) == (
-        78, "node 0: parallel.device 'cuda': no driver; mend that, or take parallel.device = 'cpu'",
-    )  # fmt: skip
-    cpu = Walk(how={"parallel": {"device": "cpu"}}).to(NodePhase.PREPARE)
-    *_, send = cpu.on(ev.Provided(1, {0: 1, 1: 2}, 4, (4, 1)))
-    assert (send.name, send.a) == ("PREPARE", 0), "nobody looks for devices that nobody wants"
-    both = Walk(how={"parallel": {"device": "cpu"}, "launch": {"kernel_path": "cuda"}}).to(NodePhase.PREPARE)
-    assert both.names(ev.Provided(1, {0: 1, 1: 2}, 4, (4, 1))) == ["Use", "Cancel", "Remember"]
-
-
-def test_a_gang_of_two_kinds_does_not_start() -> None:
-    walk = Walk(nodes=2).to(NodePhase.PORTS)
-    (meet,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + devices_line(2)))
-    other = ev.Address("i", [3, 4])
-    assert walk.names(ev.Met(1, {0: meet.address, 1: other})) == ["Cancel", "Remember"]
-    said = walk.machine.attempt.ranks[0]
-    assert said.code == 78
-    assert "node 0 has CUDA (GPU), node 1 the CPU" in said.words
-
-
-def test_what_the_driver_said_of_a_ranks_device_is_told_with_its_end() -> None:
-    line = json.loads(devices_line(2))
-    for index, device in enumerate(line["devices"]):
-        device["bus"] = f"0000:3{index}:00"
-    walk = Walk().to(NodePhase.PORTS)
-    (meet,) = walk.on(ev.Ports(1, 1, b"\1\0\2\0" + json.dumps(line).encode()))
-    walk.on(ev.Met(1, {0: meet.address}))
-    walk.now = 50.0
-    walk.on(ev.Marked(1))
-    *_, ask = walk.on(ev.RankExit(1, 1, 1, 86, 9, wire.ENDED_ITSELF, 0))
-    assert ask == do.AskKernel(1, 1, 50.0, ["0000:31:00"])
-    walk.on(ev.KernelSaid(1, 1, 79, "NVRM: …"))
-    assert (walk.machine.attempt.ranks[1].xid, walk.machine.attempt.ranks[1].kernel) == (79, "NVRM: …")
-    killed = walk.names(ev.RankExit(1, 1, 0, -9, 9, wire.ENDED_BY_SUPERVISOR, 0))
-    assert "AskKernel" not in killed, "it was killed because of the other"
-
-
 def test_a_rank_hears_the_run_s_algorithms() -> None:
     walk = Walk().to(NodePhase.RUN)
     walk.on(ev.RankHello(7, 1, 0, 100))
@@ -465,30 +338,6 @@ def test_a_rank_hears_the_run_s_algorithms() -> None:
     walk.on(ev.RankHello(8, 1, 0, 100))  # connected again, it proposes again
     assert walk.on(ev.Agreed(7, 1, 0, 0, b"the run's")) == []
     assert walk.on(ev.Proposed(8, 2, 0, b"mine")) == [], "of another attempt"
-
-
-def test_the_driver_is_asked_for_ranks_that_an_agent_before_started() -> None:
-    walk = Walk()
-    walk.log(1)
-    walk.now = 9.0
-    walk.on(ev.Recalled(1, True, devices=Devices("cuda", (2, 3))))
-    walk.now = 50.0
-    walk.on(ev.SupervisorHello(1, 100, 1, 2))
-    *_, ask = walk.on(ev.RankExit(1, 1, 1, 88, 9, wire.ENDED_ITSELF, 0))
-    assert ask == do.AskKernel(1, 1, 9.0, [""])
-
-
-def test_devices_of_an_attempt_are_found_in_its_file(tmp_path: Path) -> None:
-    assert found_devices(tmp_path, 3, range(2, 4)) == ON_CPU
-    head = wire.Attempt()
-    head.version, head.device_kind = wire.ATTEMPT_VERSION, wire.DEVICES["cuda"]
-    ranks = b"".join(bytes(wire.AttemptRank(b"h", 1, 0, 5 + rank)) for rank in range(4))
-    (tmp_path / "attempt-3").write_bytes(bytes(head) + ranks)
-    assert found_devices(tmp_path, 3, range(2, 4)) == Devices("cuda", (7, 8))
-    assert found_devices(tmp_path, 3, range(2, 9)) == ON_CPU
-    head.device_kind = wire.DEVICES["cpu"]
-    (tmp_path / "attempt-3").write_bytes(bytes(head) + ranks)
-    assert found_devices(tmp_path, 3, range(2, 4)) == ON_CPU
 
 
 def test_ranks_hear_of_their_data_when_they_may_soon_wait_for_it() -> None:

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from checkpoint.agent.metrics import TYPE, Gauge, MetricsServer, address_of
 from checkpoint.store import open_store
 from k8s.render import METRICS_PORT
-from tests.checkpoint.agent.test_agent import committed, fill_all, start
+from tests.checkpoint.agent.started import committed, fill_all, start
 from tests.support.hostile_s3 import hostile_s3
 from tests.support.wait import wait_for
 

@@ -1,59 +1,24 @@
-"""S3 beyond the contract: unclear answers, refusals with their mends, every exception of the SDK, secrets."""
+"""S3 beyond the contract: conditions that are ignored, unclear answers, odd servers, refusals of a real one."""
 
 from __future__ import annotations
 
-import http.client
-import inspect
-import io
 import logging
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import boto3.exceptions
 import botocore.exceptions
 import botocore.parsers
 import pytest
-import urllib3
-import urllib3.exceptions
 
-from checkpoint.errors import (
-    CheckpointError,
-    CredentialsExpired,
-    CredentialsRefused,
-    Damaged,
-    NotFound,
-    StoreRefused,
-    StoreUnavailable,
-)
+from checkpoint.errors import CheckpointError, Damaged, NotFound, StoreRefused, StoreUnavailable
 from checkpoint.probe import probe
 from checkpoint.store import open_store
 from checkpoint.store.limits import until
 from checkpoint.store.s3 import S3Store
-from checkpoint.store.s3_answers import FOREIGN, Retry, translate
-from tests.support.hostile_s3 import Fault, HostileS3, Length, hostile_s3
+from checkpoint.store.s3_answers import Retry
+from tests.support.hostile_s3 import SECRET, Fault, HostileS3, Length, client, hostile_s3
 from tests.support.s3_server import BUCKET, S3Server
 
 KEY = "runs/r/log/00000000000000000001"
-SECRET = "hunter2hunter2hunter2"
-
-
-@pytest.fixture
-def peer(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostileS3]:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "someone")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with hostile_s3() as running:
-        yield running
-
-
-def client(peer: HostileS3, attempts: int = 4, renew_s: float = 0.0) -> S3Store:
-    """A store against the peer that waits for nothing between its attempts, nor before it looks for credentials."""
-    retry = Retry(attempts=attempts, sleep=lambda _: None, jitter=lambda: 0.0)
-    endpoint = f"http://127.0.0.1:{peer.port}"
-    return S3Store(
-        "bucket", "p", endpoint=endpoint, region="us-east-1", path_style=True, retry=retry, read_s=0.5, renew_s=renew_s
-    )
 
 
 # --- a store that ignores the condition --------------------------------------------------------------------
@@ -251,197 +216,6 @@ def test_answers_that_are_no_answers(peer: HostileS3, fault: Fault, kind: type[C
         with pytest.raises(kind, match=says):
             ask()
     assert peer.objects == {f"p/{KEY}": bytes(1000)}
-
-
-# --- credentials that expire --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def profile(peer: HostileS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
-    """Credentials in a file: gives what writes another session token into it."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    path = tmp_path / "credentials"
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(path))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_PROFILE", "team")
-
-    def write(token: str) -> None:
-        path.write_text(
-            f"[team]\naws_access_key_id = k\naws_secret_access_key = {SECRET}\naws_session_token = {token}\n"
-        )
-
-    write("first-token")
-    return write
-
-
-def test_a_token_that_is_renewed_in_its_file_is_read_again(peer: HostileS3, profile: Callable[[str], None]) -> None:
-    store = client(peer)
-    peer.tokens = {"first-token"}
-    assert store.create(KEY, b"x")
-    peer.tokens = {"second-token"}
-    profile("second-token")
-    assert store.get(KEY) == b"x"
-    assert store.head(KEY) is not None
-    assert [info.key for info in store.list("runs/")] == [KEY]
-
-
-def test_a_token_that_is_not_renewed_is_unavailable_and_named(
-    peer: HostileS3, profile: Callable[[str], None], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG, logger="checkpoint")
-    store = client(peer, attempts=2)
-    peer.tokens = set()
-    for ask in (lambda: store.create(KEY, b"x"), lambda: store.get(KEY), lambda: store.head(KEY)):
-        with pytest.raises(CredentialsExpired, match=r"ExpiredToken.*profile 'team' in .*credentials: write new ones"):
-            ask()
-    profile("second-token")
-    peer.tokens = {"second-token"}
-    assert store.create(KEY, b"x")
-    assert SECRET not in caplog.text
-    assert "first-token" not in caplog.text
-
-
-def test_a_token_of_the_environment_is_named_never_shown(peer: HostileS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SESSION_TOKEN", "a-token-of-the-environment")
-    store = client(peer, attempts=1)
-    peer.tokens = set()
-    with pytest.raises(CredentialsExpired, match="AWS_SESSION_TOKEN in this process's environment") as caught:
-        store.get(KEY)
-    assert "a-token-of" not in str(caught.value)
-    assert "AWS_PROFILE" in str(caught.value)
-
-
-def test_a_credential_process_is_asked_again(
-    peer: HostileS3, profile: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    token = tmp_path / "token"
-    token.write_text("first-token")
-    program = tmp_path / "program"
-    program.write_text(
-        "#!/bin/sh\n"
-        f'echo "{{\\"Version\\": 1, \\"AccessKeyId\\": \\"k\\", \\"SecretAccessKey\\": \\"s\\", '
-        f'\\"SessionToken\\": \\"$(cat {token})\\"}}"\n'
-    )
-    program.chmod(0o755)
-    (tmp_path / "config").write_text(f"[profile team]\ncredential_process = {program}\n")
-    store = client(peer)
-    peer.tokens = {"first-token"}
-    assert store.create(KEY, b"x")
-    peer.tokens = {"second-token"}
-    token.write_text("second-token")
-    assert store.get(KEY) == b"x"
-
-
-def test_looking_for_newer_credentials_is_bounded(peer: HostileS3, profile: Callable[[str], None]) -> None:
-    now = [100.0]
-    retry = Retry(attempts=1, clock=lambda: now[0], sleep=lambda _: None)
-    endpoint = f"http://127.0.0.1:{peer.port}"
-    store = S3Store("bucket", "p", endpoint=endpoint, region="us-east-1", path_style=True, retry=retry, renew_s=5)
-    peer.tokens = {"second-token"}
-    with pytest.raises(CredentialsExpired):
-        store.get(KEY)
-    profile("second-token")
-    now[0] += 4.0
-    with pytest.raises(CredentialsExpired):
-        store.get(KEY)
-    now[0] += 1.0
-    with pytest.raises(NotFound):
-        store.get(KEY)
-
-
-# --- the boundary ------------------------------------------------------------------------------------------
-
-
-def made(kind: type[BaseException]) -> BaseException:
-    """An exception of this class, whatever arguments it wants."""
-    if issubclass(kind, botocore.exceptions.ClientError):
-        return kind({"Error": {"Code": "Odd", "Message": "m"}}, "PutObject")
-    if issubclass(kind, botocore.exceptions.HTTPClientError):
-        return kind(error=OSError("below it"), endpoint_url="http://there", proxy_url="http://between")
-    if kind is http.client.IncompleteRead:
-        return kind(b"", 5)
-    if kind is urllib3.exceptions.IncompleteRead:
-        return kind(0, 5)
-    if kind is urllib3.exceptions.InvalidChunkLength:
-        return kind(urllib3.HTTPResponse(io.BytesIO()), b"zz")
-    return kind.__new__(kind)
-
-
-def sdk_exceptions() -> list[type[BaseException]]:
-    found: list[type[BaseException]] = [botocore.parsers.ResponseParserError]
-    for module in (botocore.exceptions, boto3.exceptions, urllib3.exceptions):
-        for _, kind in inspect.getmembers(module, inspect.isclass):
-            if issubclass(kind, Exception) and not issubclass(kind, Warning):
-                found.append(kind)
-    return sorted(set(found), key=lambda kind: (kind.__module__, kind.__name__))
-
-
-@pytest.mark.parametrize("kind", sdk_exceptions(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
-def test_no_exception_of_the_sdk_is_left_out(kind: type[Exception]) -> None:
-    assert issubclass(kind, FOREIGN), "would pass the boundary"
-    assert isinstance(translate(made(kind), "reading 'k'", "s3://b", "k"), CheckpointError)
-
-
-def test_what_the_sdk_raises_inside_a_call_comes_out_as_ours(peer: HostileS3) -> None:
-    store = client(peer, attempts=1, renew_s=3600.0)  # newer credentials are looked for once
-    raised: list[BaseException] = []
-
-    def fail(**_: object) -> None:
-        raise raised[0]
-
-    store.client.meta.events.register("before-send.s3", fail)
-    for kind in sdk_exceptions():
-        raised[:] = [made(kind)]
-        for call in (
-            lambda: store.create(KEY, b"x"),
-            lambda: store.get(KEY),
-            lambda: store.head(KEY),
-            lambda: list(store.list("runs/")),
-            lambda: store.put("runs/r/live/x", b"x"),
-        ):
-            with pytest.raises(CheckpointError):
-                call()
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "kind"),
-    [
-        (404, "NoSuchKey", NotFound),
-        (404, "NoSuchBucket", StoreRefused),
-        (403, "AccessDenied", StoreRefused),
-        (403, "ExpiredToken", CredentialsExpired),
-        (400, "ExpiredToken", CredentialsExpired),
-        (403, "InvalidAccessKeyId", CredentialsRefused),
-        (403, "SignatureDoesNotMatch", CredentialsRefused),
-        (400, "InvalidToken", CredentialsRefused),
-        (401, "401", StoreRefused),
-        (301, "301", StoreRefused),
-        (403, "RequestTimeTooSkewed", StoreRefused),
-        (400, "RequestTimeout", StoreUnavailable),
-        (409, "OperationAborted", StoreUnavailable),
-        (416, "InvalidRange", Damaged),
-        (429, "TooManyRequests", StoreUnavailable),
-        (500, "InternalError", StoreUnavailable),
-        (501, "NotImplemented", StoreRefused),
-        (502, "502", StoreUnavailable),
-        (503, "SlowDown", StoreUnavailable),
-        (507, "InsufficientStorage", StoreUnavailable),
-        (301, "PermanentRedirect", StoreRefused),
-        (400, "InvalidArgument", StoreRefused),
-    ],
-)
-def test_answers_are_told_apart(status: int, code: str, kind: type[CheckpointError]) -> None:
-    answer = {
-        "Error": {"Code": code, "Message": "m"},
-        "ResponseMetadata": {"HTTPStatusCode": status, "RequestId": "R7"},
-    }
-    error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")  # type: ignore[arg-type]
-    assert type(error) is kind
-    if kind is not NotFound:
-        assert code in str(error)
-        assert "R7" in str(error)
 
 
 # --- a real server's refusals ------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from flows.drive.views import (
     StartAttempt,
 )
 from tests.checkpoint.samples import attempt_body, point_body
-from tests.flows.drive.test_decide import POLICY, attempt, ended
+from tests.flows.drive.decisions import POLICY, attempt, ended
 from tests.flows.drive.test_orders import Nodes, driven, small, state_of
 from trainer.errors import SpecError
 from trainer.failures import Failure

@@ -36,7 +36,7 @@ from flows.drive.views import (
     Watch,
 )
 from tests.checkpoint.samples import attempt_body, point_body
-from tests.flows.drive.test_decide import POLICY, attempt, ended, running
+from tests.flows.drive.decisions import POLICY, attempt, ended, running
 from tests.flows.drive.test_orders import Nodes, another, driven, small, state_of
 from trainer.dataset import Mixture
 from trainer.wire.order import MixPhase

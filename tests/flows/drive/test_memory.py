@@ -22,7 +22,7 @@ from flows.drive.views import (
     StartAttempt,
     Watch,
 )
-from tests.flows.drive.test_decide import POLICY, attempt, ended, layout, log, running
+from tests.flows.drive.decisions import POLICY, attempt, ended, layout, log, running
 from trainer.failures import Failure
 
 STUCK = log(

@@ -1,0 +1,118 @@
+"""The boundary: every exception of the SDK and every answer of a server comes out as an error of ours."""
+
+from __future__ import annotations
+
+import http.client
+import inspect
+import io
+
+import boto3.exceptions
+import botocore.exceptions
+import botocore.parsers
+import pytest
+import urllib3
+import urllib3.exceptions
+
+from checkpoint.errors import (
+    CheckpointError,
+    CredentialsExpired,
+    CredentialsRefused,
+    Damaged,
+    NotFound,
+    StoreRefused,
+    StoreUnavailable,
+)
+from checkpoint.store.s3_answers import FOREIGN, translate
+from tests.support.hostile_s3 import HostileS3, client
+
+KEY = "runs/r/log/00000000000000000001"
+
+
+def made(kind: type[BaseException]) -> BaseException:
+    """An exception of this class, whatever arguments it wants."""
+    if issubclass(kind, botocore.exceptions.ClientError):
+        return kind({"Error": {"Code": "Odd", "Message": "m"}}, "PutObject")
+    if issubclass(kind, botocore.exceptions.HTTPClientError):
+        return kind(error=OSError("below it"), endpoint_url="http://there", proxy_url="http://between")
+    if kind is http.client.IncompleteRead:
+        return kind(b"", 5)
+    if kind is urllib3.exceptions.IncompleteRead:
+        return kind(0, 5)
+    if kind is urllib3.exceptions.InvalidChunkLength:
+        return kind(urllib3.HTTPResponse(io.BytesIO()), b"zz")
+    return kind.__new__(kind)
+
+
+def sdk_exceptions() -> list[type[BaseException]]:
+    found: list[type[BaseException]] = [botocore.parsers.ResponseParserError]
+    for module in (botocore.exceptions, boto3.exceptions, urllib3.exceptions):
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, Exception) and not issubclass(kind, Warning):
+                found.append(kind)
+    return sorted(set(found), key=lambda kind: (kind.__module__, kind.__name__))
+
+
+@pytest.mark.parametrize("kind", sdk_exceptions(), ids=lambda kind: f"{kind.__module__}.{kind.__name__}")
+def test_no_exception_of_the_sdk_is_left_out(kind: type[Exception]) -> None:
+    assert issubclass(kind, FOREIGN), "would pass the boundary"
+    assert isinstance(translate(made(kind), "reading 'k'", "s3://b", "k"), CheckpointError)
+
+
+def test_what_the_sdk_raises_inside_a_call_comes_out_as_ours(peer: HostileS3) -> None:
+    store = client(peer, attempts=1, renew_s=3600.0)  # newer credentials are looked for once
+    raised: list[BaseException] = []
+
+    def fail(**_: object) -> None:
+        raise raised[0]
+
+    store.client.meta.events.register("before-send.s3", fail)
+    for kind in sdk_exceptions():
+        raised[:] = [made(kind)]
+        for call in (
+            lambda: store.create(KEY, b"x"),
+            lambda: store.get(KEY),
+            lambda: store.head(KEY),
+            lambda: list(store.list("runs/")),
+            lambda: store.put("runs/r/live/x", b"x"),
+        ):
+            with pytest.raises(CheckpointError):
+                call()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (404, "NoSuchKey", NotFound),
+        (404, "NoSuchBucket", StoreRefused),
+        (403, "AccessDenied", StoreRefused),
+        (403, "ExpiredToken", CredentialsExpired),
+        (400, "ExpiredToken", CredentialsExpired),
+        (403, "InvalidAccessKeyId", CredentialsRefused),
+        (403, "SignatureDoesNotMatch", CredentialsRefused),
+        (400, "InvalidToken", CredentialsRefused),
+        (401, "401", StoreRefused),
+        (301, "301", StoreRefused),
+        (403, "RequestTimeTooSkewed", StoreRefused),
+        (400, "RequestTimeout", StoreUnavailable),
+        (409, "OperationAborted", StoreUnavailable),
+        (416, "InvalidRange", Damaged),
+        (429, "TooManyRequests", StoreUnavailable),
+        (500, "InternalError", StoreUnavailable),
+        (501, "NotImplemented", StoreRefused),
+        (502, "502", StoreUnavailable),
+        (503, "SlowDown", StoreUnavailable),
+        (507, "InsufficientStorage", StoreUnavailable),
+        (301, "PermanentRedirect", StoreRefused),
+        (400, "InvalidArgument", StoreRefused),
+    ],
+)
+def test_answers_are_told_apart(status: int, code: str, kind: type[CheckpointError]) -> None:
+    answer = {
+        "Error": {"Code": code, "Message": "m"},
+        "ResponseMetadata": {"HTTPStatusCode": status, "RequestId": "R7"},
+    }
+    error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")  # type: ignore[arg-type]
+    assert type(error) is kind
+    if kind is not NotFound:
+        assert code in str(error)
+        assert "R7" in str(error)
