@@ -40,6 +40,7 @@ from trainer.engine_path import cuda_environment, engine_binary
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
+from trainer.priority import session_nice, set_session_nice
 from trainer.wire.files import create_file
 
 log = logging.getLogger(__name__)
@@ -339,6 +340,8 @@ class LocalLauncher:
                 start_new_session=True,
             )
         self._children.append(child)
+        if nice := session_nice():  # what computes steps again below everybody's priority has its gang there too
+            set_session_nice(child.pid, nice)
         deadline = self._clock() + _MARK_S
         while child.poll() is None and self._clock() < deadline:
             mark = ProcessMark.read(pid_file)

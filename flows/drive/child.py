@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from trainer.priority import set_session_nice
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,8 +47,8 @@ class ChildProcess:
             stderr=output,
             start_new_session=True,
         )
-        with contextlib.suppress(OSError):  # a kernel that shares processors by session, where nice counts inside one
-            Path(f"/proc/{process.pid}/autogroup").write_text("19")
+        if low:
+            set_session_nice(process.pid, 19)
         return cls(process, output, time.monotonic() + most_s)
 
     def ended(self) -> int | None:

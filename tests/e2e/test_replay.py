@@ -27,7 +27,7 @@ from flows.replay.compare import Verdict
 from flows.replay.replay import replay_run
 from flows.replay.words import replay_lines
 from tests.engine.engine_build import build_flipping
-from tests.support.chaos import frozen
+from tests.support.chaos import frozen, hurried
 from tests.support.place import LONG, SPEC, Place, finish
 from tests.support.s3_server import S3Server, s3_server
 from tests.support.shared import once
@@ -158,7 +158,9 @@ def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPath
     spec, _ = load_spec_of(store, run, {}, ["recovery.replay_every=4"])
     told: list[tuple[str, Any]] = []
     replays = Replays(store, run, tmp_path, elsewhere=True, tell=lambda *fact: told.append(fact), cpus=1)
-    wait_for(lambda: replays.look(spec, state, 8) or told, "what came of it", 180)
+    wait_for(
+        lambda: hurried(tmp_path, lambda: replays.look(spec, state, 8) or told), "what came of it", 180, every_s=0.2
+    )
     ((found, facts),) = told
     assert (found, facts["difference"]["step"], facts["suspects"]["nodes"]) == ("differs", 6, [0]), facts
     replays.look(spec, state, 11)
@@ -174,15 +176,22 @@ def test_a_driver_tells_and_keeps_what_differs(tmp_path_factory: pytest.TempPath
 
 @pytest.mark.skipif(usable_cpus() < 2, reason="without a core to spare nothing is computed again")
 def test_steps_are_computed_again_beside_a_run_that_trains(tmp_path: Path) -> None:
-    """``recovery.replay_every``, by the driver. The run's rank stands still meanwhile, to leave this machine free."""
+    """``recovery.replay_every``, by the driver. The run's rank stands still meanwhile, to leave this machine free, and
+    is not taken for stalled: the next attempt would end the run, and with it the replay."""
     place, log = Place(tmp_path / "p", LONG), tmp_path / "told"
-    sets = [word for key in ("parallel.stages=1", "recovery.replay_every=6") for word in ("--set", key)]
+    keys = ("parallel.stages=1", "recovery.replay_every=6", "launch.stall_s=600")
+    sets = [word for key in keys for word in ("--set", key)]
     try:
         with log.open("wb") as err:
             process = place.start("train", "spec.toml", "--no-prefect", "--json", *sets, err=err)
         wait_for(lambda: saved(place, 12), "a checkpoint", 60)
         with frozen(place.folder / "out", 0):
-            (told,) = wait_for(lambda: events(log, "replay")[:1], "steps that were computed again", 180)
+            (told,) = wait_for(
+                lambda: hurried(place.folder, lambda: events(log, "replay")[:1]),
+                "steps that were computed again",
+                180,
+                every_s=0.2,
+            )
         assert (told["found"], told["verdict"]) == ("same", "same"), told
         assert (told["first"] % 4, told["last"] - told["first"], told["steps"]) == (0, told["steps"], told["steps"])
         process.send_signal(signal.SIGINT)

@@ -107,6 +107,23 @@ def test_ranks_listen_where_the_spec_says(tmp_path: Path) -> None:
         launcher.stop(launch.launch_id, 0)
 
 
+def test_a_node_has_the_share_of_the_processors_of_who_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc/self/autogroup").exists():
+        pytest.skip("this kernel does not share processors by session")
+    monkeypatch.setattr("trainer.local_launch.session_nice", lambda: 7)
+    run, _ = make_run(tmp_path, tiny_spec())
+    launcher = LocalLauncher(tmp_path / "out")
+    try:
+        launcher.ensure(Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out"))
+        [node] = launcher.observe(run.launch).nodes
+        for pid in (node.agent_pid, node.supervisor_pid):
+            assert Path(f"/proc/{pid}/autogroup").read_text().split()[-1] == "7"
+    finally:
+        launcher.stop(run.launch, 0)
+
+
 def test_a_run_in_the_deepest_folder_that_ranks_can_be_told(tmp_path: Path) -> None:
     """Sockets, of which a name may have 107 bytes, are met by names within it."""
     spec = tiny_spec(parallel__stages=2)
