@@ -171,6 +171,8 @@ def _as_written(
     say(foretell.foretold_line(compiled, resolved, simulation, sheet.name if sheet else "this machine"))
     if sheet is not None:
         say(told["assumptions"])
+        if told["classifier_chunk"]:
+            say(told["classifier_chunk"])
     elif resolved.parallel.on_cuda(resolved.launch.kernel_path):
         say("that is of this machine's CPUs; for GPUs: --device H100, H200, B200, GB200 or GB300")
     for path in filter(None, files.values()):

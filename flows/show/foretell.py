@@ -15,7 +15,7 @@ from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.plan import Plan, compile_plan
-from trainer.plan.devices import DeviceSheet, assumptions, cost_of, fits, on_device, on_host
+from trainer.plan.devices import DeviceSheet, assumptions, cost_of, fits, on_device, on_host, smaller_chunks
 from trainer.plan.draw import memory_text
 from trainer.plan.memory import more_threads_bytes
 from trainer.plan.simulate import CostModel, Simulation, from_plan
@@ -140,6 +140,7 @@ def facts_on(plan: Plan, spec: RunSpec, simulation: Simulation, sheet: DeviceShe
         "host_memory": [on_host(plan, position) for position in plan.positions],
         "memory_text": fits(plan, spec, sheet),
         "assumptions": assumptions(sheet, spec),
+        "classifier_chunk": smaller_chunks(plan, spec, sheet),
     }
     return {**facts(plan, spec, simulation), **told}
 

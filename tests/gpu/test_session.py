@@ -316,14 +316,14 @@ def test_a_test_that_hangs_or_ends_its_process_costs_that_test(tmp_path: Path) -
     (tmp_path / "test_some.py").write_text(text)
     half: list[int] = []
     told = under_pytest(
-        str(tmp_path / "test_some.py"), "p", quiet_s=3, so_far=lambda told: half.append(len(told["tests"]))
+        str(tmp_path / "test_some.py"), "p", quiet_s=1.5, so_far=lambda told: half.append(len(told["tests"]))
     )
     found = {test["name"]: test for test in told["tests"]}
     outcomes = {name.removeprefix("test_some[").removesuffix("][p]"): test["outcome"] for name, test in found.items()}
     wanted = {"good": "passed", "wrong": "failed", "hang": "failed", "abort": "failed", "lost": "passed"}
     assert outcomes == wanted | {"skip": "skipped", "good-2": "passed"}
     assert len(found) == len(told["tests"])
-    assert "told nothing for 3 s in this test" in found["test_some[hang][p]"]["why"]
+    assert "told nothing for 2 s in this test" in found["test_some[hang][p]"]["why"]
     assert f"ended with {-signal.SIGABRT} in this test" in found["test_some[abort][p]"]["why"]
     assert "it is wrong" in found["test_some[wrong][p]"]["why"]
     assert told["failed"]

@@ -8,6 +8,7 @@ has measured ours; ``assumptions`` lists them for people.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from trainer.plan.memory import RUNTIME_BYTES, staging_bytes, workspace_bytes
 from trainer.plan.records import BoundCall, PositionPlan
 from trainer.plan.simulate import CostModel
 from trainer.spec import RunSpec
+from trainer.wire.kernels import KERNELS
 
 WORKSPACE_BYTES = 40 << 20
 """Of a device's kernels and libraries (``HS_CUDA_WORKSPACE``)."""
@@ -116,6 +118,22 @@ def peak_of(names: Sequence[str], precision: str) -> float:
     return sum(peaks) if all(peaks) else 0.0
 
 
+def head_again(kernel: str, dims: Dims, element: int) -> int:
+    """Bytes that a head moves beside its operands' own, as its rows go in chunks: for each chunk but the first its
+    matrix once a product, and the gradient of it read and written in fp32. No cache of a device holds them.
+
+    >>> head_again("classifier_grad", [128, 10, 100, 64, 0], 2), head_again("classifier_grad", [64, 10, 100, 64, 0], 2)
+    (12000, 0)
+    """
+    named = KERNELS[kernel].named(dims)
+    if "CHUNK" not in named:
+        return 0
+    products = {"classifier_fwd": 1, "vocab_part": 1}.get(kernel, 2)
+    gradient = 0 if kernel == "classifier_fwd" else 8
+    chunks = -(-named["R"] // named["CHUNK"])
+    return (chunks - 1) * named["V"] * named["C"] * (products * element + gradient)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceCost(CostModel):
     """A sheet's costs, for products of one precision."""
@@ -130,7 +148,8 @@ class DeviceCost(CostModel):
         rate = share * self.sheet.peak[kind]
         found = work(kernel, dims)
         done = 2 * (found.products + found.again)
-        return self.call_s + max(done / rate, bytes_touched / self.memory_bytes_per_s)
+        moved = bytes_touched + head_again(kernel, dims, 4 if self.precision == "fp32" else 2)
+        return self.call_s + max(done / rate, moved / self.memory_bytes_per_s)
 
     def bound_seconds(self, call: BoundCall) -> float:
         """As the sheet has it; the optimizer's products are in float32 whatever the precision."""
@@ -161,6 +180,35 @@ def assumptions(sheet: DeviceSheet, spec: RunSpec) -> str:
         f"{sheet.product_share[precision]:.0%} of {sheet.peak[precision] / 1e12:,.0f} TFLOP/s ({precision}), attention "
         f"at {sheet.attention_share:.0%} of its peak, the rest at {sheet.memory_share:.0%} of "
         f"{sheet.memory_bytes_per_s / 1e12:.2f} TB/s, {CALL_S * 1e6:.0f} us a call; nothing of it is measured"
+    )
+
+
+CHUNK_HERE = 4096
+"""Rows of logits at a time that a device's head loses nothing by."""
+
+
+def smaller_chunks(plan: Plan, spec: RunSpec, sheet: DeviceSheet) -> str:
+    """What train.classifier_chunk costs a step on this device beside CHUNK_HERE, where that is a millisecond or more;
+    else empty."""
+    cost, chunk = cost_of(sheet, spec), spec.train.classifier_chunk
+    saved = 0.0
+    for position in plan.positions:
+        made = Counter(action.program for action in position.step if action.program is not None)
+        for name, times in made.items():
+            for call in position.programs[name].calls:
+                names = KERNELS[call.kernel].dim_names.split()
+                if "CHUNK" in names:
+                    larger = list(call.dim)
+                    larger[names.index("CHUNK")] = CHUNK_HERE
+                    now = cost.call_seconds(call.kernel, call.dim, call.bytes_touched)
+                    saved += times * (now - cost.call_seconds(call.kernel, larger, call.bytes_touched))
+    if saved < 1e-3:
+        return ""
+    rows = min(CHUNK_HERE, spec.train.microbatch * spec.train.sequence)
+    room = (rows - min(chunk, rows)) * spec.model.vocab * (8 if spec.train.precision == "fp32" else 6)
+    return (
+        f"train.classifier_chunk = {chunk} costs {saved * 1e3:.0f} ms of it: the head moves its matrix and its "
+        f"gradient once for so many rows; {rows} would take {bytes_text(room)} more for logits"
     )
 
 

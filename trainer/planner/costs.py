@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 
 from trainer import models
 from trainer.models.base import Call, Tensor, View, Weight, tensor_table
+from trainer.plan.devices import head_again
 from trainer.plan.expand import StagePrograms, expand_stage
 from trainer.plan.flops import work
 from trainer.plan.memory import place_scratch
@@ -241,6 +242,7 @@ class _Short:
                 flows += operand.rows * operand.cols * self.size[stage.buffers[operand.buffer].kind]
             elif isinstance(operand, Weight) and not call.kernel.startswith("embed"):  # it touches rows of those
                 weights += self.tensors[operand.tensor].elements * self.weight.get(operand.use, self.size["dt"])
+        weights += head_again(call.kernel, call.dim, self.size["dt"])
         found = work(call.kernel, call.dim)
         kind = "attention" if call.kernel.startswith("attention") else "other"
         if found.products and kind == "other":

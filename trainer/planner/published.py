@@ -110,7 +110,8 @@ class PublishedRun:
 
     def costs(self) -> ModelCosts:
         """Of its model."""
-        return model_costs(Sizes(MODELS[self.model], self.microbatch, self.sequence, 64, self.precision))
+        rows = self.microbatch * self.sequence  # they hold all logits at once
+        return model_costs(Sizes(MODELS[self.model], self.microbatch, self.sequence, rows, self.precision))
 
     def foretold(self, sustained: float | None = None) -> Estimate:
         """What the planner says of it."""

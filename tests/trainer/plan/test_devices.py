@@ -13,7 +13,7 @@ from flows.show import foretell
 from tests.support.calls import called
 from trainer.errors import PlanError
 from trainer.plan import Plan
-from trainer.plan.devices import SHEETS, WORKSPACE_BYTES, cost_of, fits, on_device, on_host, sheet_of
+from trainer.plan.devices import SHEETS, WORKSPACE_BYTES, cost_of, fits, on_device, on_host, sheet_of, smaller_chunks
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec
 from trainer.wire.kernels import KERNELS
@@ -73,6 +73,20 @@ def test_the_rates_are_those_of_a_calls_kind(one: tuple[Plan, RunSpec]) -> None:
     same = [4096, 4096, 4096, 4096, 4096, 0]
     assert eight.call_seconds("linear_fwd", same, 0) == product, "what is not the blocks' stays bf16"
     assert cost.call_seconds("gelu_fwd", [1], 3_015_000) == pytest.approx(1e-6 + cost.call_s)
+
+
+def test_small_chunks_of_the_head_are_told() -> None:
+    """Each moves the head's matrix and its gradient; from CHUNK_HERE on they are nothing."""
+    sheet = SHEETS["H100"]
+    small, spec = compiled("gpt2-124m", "train.microbatch=8", "train.batch=32", "train.classifier_chunk=64")
+    said = smaller_chunks(small, spec, sheet)
+    assert re.fullmatch(
+        r"train.classifier_chunk = 64 costs \d\d ms of it: .*; 4096 would take 1\.\d GiB more for logits", said
+    ), said
+    large, other = compiled("gpt2-124m", "train.microbatch=8", "train.batch=32", "train.classifier_chunk=4096")
+    assert smaller_chunks(large, other, sheet) == ""
+    slow, fast = (foretell.simulate_on(p, s, sheet).step_seconds for p, s in ((small, spec), (large, other)))
+    assert slow - fast == pytest.approx(float(said.split()[4]) * 1e-3, rel=0.1)
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_both_tables() -> None:
