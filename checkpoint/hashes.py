@@ -63,7 +63,9 @@ def _address(data: Data) -> Iterator[int]:
         ctypes.pythonapi.PyBuffer_Release(ctypes.byref(held))
 
 
-def _open() -> ctypes.CDLL | None:
+def _open() -> tuple[ctypes.CDLL | None, str]:
+    """The library, and why one that is there is not used."""
+    why = ""
     here = Path(wire.__file__).resolve().parents[1] / "bin"
     for folder in (here, *(Path(sysconfig.get_path(kind)) / "trainer" / "bin" for kind in ("platlib", "purelib"))):
         if (folder / NAME).is_file():
@@ -77,13 +79,15 @@ def _open() -> ctypes.CDLL | None:
                 library.hs_sha256_two_chunks.argtypes = ctypes.c_void_p, ctypes.c_size_t
                 library.hs_crc32.restype = ctypes.c_uint32
                 library.hs_crc32.argtypes = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t
-            except (OSError, AttributeError):  # of another machine, or another version
+            except (OSError, AttributeError) as error:  # of another machine, or another version
+                why = f"{folder / NAME} is not of this version and machine ({error})"
                 continue
-            return library
-    return None
+            return library, ""
+    return None, why
 
 
-_LIBRARY = _open()
+_LIBRARY, UNFIT = _open()
+"""``UNFIT``: empty, or what whoever stores much should tell: digests are Python's own then, which take longer."""
 
 
 def sha256_leaves(data: Data, lengths: Sequence[int], block: int, *, whole: bool) -> tuple[bytes, bytes]:

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
+from flows.proxies import reach_directly
+
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
@@ -126,6 +128,7 @@ def configured() -> Configured | None:
             f"Prefect's API is {found.shown!r} ({found.source}), which is no address; write it as "
             "http://host:4200/api, without quotes or blanks"
         )
+    reach_directly(url, os.environ)
     return found
 
 

@@ -9,11 +9,11 @@ kubectl.
 from __future__ import annotations
 
 import base64
-import binascii
 import logging
 import os
 import re
 import shutil
+import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _SET = "set HOTSTAGE_KUBECONFIG or KUBECONFIG to a kubeconfig file"
 _ANEW = "fetch the kubeconfig anew from whoever runs the cluster"
+_PEM = {"certificate-authority": "CERTIFICATE", "client-certificate": "CERTIFICATE", "client-key": "PRIVATE KEY"}
 _FILES = {"cluster": ("certificate-authority",), "user": ("client-certificate", "client-key")}
 
 Json = Mapping[str, Any]
@@ -190,13 +191,32 @@ def _check_file(chosen: Context, side: str, tree: Json, key: str) -> None:
     if not path.is_file() or not os.access(path, os.R_OK):
         why = "cannot be read by this user" if path.is_file() else "is not there"
         raise LaunchRefused(f"{chosen}: {key} is the file {path}, which {why}; bring it there, or {_ANEW}")
+    if key in _PEM:
+        _check_pem(chosen, key, f"the file {path}", path.read_bytes())
 
 
 def _check_data(chosen: Context, tree: Json, key: str) -> None:
+    said = str(tree.get(f"{key}-data") or "")
     try:
-        base64.standard_b64decode(str(tree.get(f"{key}-data") or ""))
-    except binascii.Error as error:
+        data = base64.standard_b64decode(said)
+    except ValueError as error:
         raise LaunchRefused(f"{chosen}: {key}-data is no base64 ({error}); {_ANEW}") from error
+    if said:
+        _check_pem(chosen, key, f"{key}-data", data)
+
+
+def _check_pem(chosen: Context, key: str, where: str, data: bytes) -> None:
+    """What TLS takes: anything else ends each connection as if no server were there."""
+    what = _PEM[key]
+    try:
+        text = data.decode("ascii")
+        if re.search(rf"^-----BEGIN [A-Z ]*{what}-----$", text, re.MULTILINE) is None:
+            raise ValueError(f"it has no line -----BEGIN {what}-----")
+        if key == "certificate-authority":
+            ssl.create_default_context(cadata=text)
+    except (ValueError, ssl.SSLError) as error:
+        why = "it is no text" if isinstance(error, UnicodeError) else str(error)
+        raise LaunchRefused(f"{chosen}: {where} holds no {what.lower()} in PEM ({why}); {_ANEW}") from error
 
 
 def _check_program(chosen: Context) -> None:

@@ -25,7 +25,12 @@ _MERGE_KEYS = {
     "ports": "containerPort",
 }
 """Lists of tables, each told from the others by a key."""
-_CONTRACT = ("restartPolicy", "subdomain", "hostNetwork", "hostPID", "hostIPC", "automountServiceAccountToken")
+_CONTRACT = (
+    *("restartPolicy", "subdomain", "hostname", "hostnameOverride", "automountServiceAccountToken"),
+    *("hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"),
+)
+_CONFINED = ("runAsNonRoot", "seccompProfile")
+"""Of a pod's securityContext: what the engine's confinement, and Pod Security ``restricted``, rest on."""
 _NATIVE = ("cpu", "memory", "ephemeral-storage")
 _KEPT = ("containers", "initContainers")
 POD_FIELDS = frozenset({
@@ -64,6 +69,7 @@ def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, A
                         f"launch.pod_patch changes {key} of container {container['name']!r}, which the gang's contract "
                         "fixes; take it out of the patch"
                     )
+    _check_confined(pod["securityContext"], patched.get("securityContext"))
     _check_affinity(patched)
     volumes = {volume["name"] for volume in patched["volumes"]}
     for container in [*patched["initContainers"], *patched["containers"]]:
@@ -71,7 +77,32 @@ def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, A
     engine = next(c for c in patched["containers"] if c["name"] == ENGINE)
     if engine.get("envFrom"):
         raise LaunchRefused("launch.pod_patch gives the engine's container envFrom; credentials go to the agent only")
+    secret = next((e["name"] for e in engine.get("env", ()) if "secretKeyRef" in (e.get("valueFrom") or {})), None)
+    if secret is not None:
+        raise LaunchRefused(
+            f"launch.pod_patch gives the engine's container {secret} of a Secret; credentials go to the agent only"
+        )
     return patched
+
+
+def _check_confined(was: Mapping[str, Any], now: Any) -> None:
+    """Users and groups of the pod may be others (a cluster may give its own), never root."""
+    if not isinstance(now, Mapping):
+        raise LaunchRefused(
+            "launch.pod_patch takes the pod's securityContext away, which confines the engine; take it out of the patch"
+        )
+    for key in _CONFINED:
+        if now.get(key) != was[key]:
+            raise LaunchRefused(
+                f"launch.pod_patch.securityContext.{key} = {shown(now.get(key))}: the engine runs with {was[key]} "
+                "alone, as Pod Security `restricted` asks; take it out of the patch"
+            )
+    for key in ("runAsUser", "runAsGroup", "fsGroup"):
+        if now.get(key) == 0:
+            raise LaunchRefused(
+                f"launch.pod_patch.securityContext.{key} = 0 is root, and the engine is none; write another number "
+                f"({was[key]} where the patch says none), or null where the cluster gives one"
+            )
 
 
 def _check_keys(patch: Mapping[str, Any]) -> None:

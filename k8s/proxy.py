@@ -71,7 +71,7 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 def _fits(entry: str, host: str, address: _Address | None, port: int | None) -> bool:
     if entry == "*":
         return True
-    entry = entry.removeprefix("all://")  # as ``flows.cli.proxies`` writes what other clients trip over
+    entry = entry.removeprefix("all://")  # as ``flows.proxies`` writes what other clients trip over
     if "/" in entry:
         try:
             return address is not None and address in ipaddress.ip_network(re.sub(r"[\[\]]", "", entry), strict=False)

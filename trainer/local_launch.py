@@ -69,7 +69,7 @@ exec "$@"
 """
 _NO_PLACE = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST),
 }
 _RESTARTS, _RESTART_WINDOW_S = 8, 60.0
 
@@ -322,9 +322,11 @@ class LocalLauncher:
         pid_file, log_file = folder / f"{which}.pid", folder / f"{which}.log"
         starts = [t for t in self._starts.get(pid_file, []) if self._clock() - t < _RESTART_WINDOW_S]
         if len(starts) >= _RESTARTS:
+            full = not os.statvfs(folder).f_bavail
             raise LaunchError(
                 f"the {which} of {folder} died {len(starts)} times within {_RESTART_WINDOW_S:.0f} s; its last words: "
                 f"{_tail(log_file) or 'none'}"
+                + ("; that folder's disk is full: free space, or choose another with --out" if full else "")
             )
         self._starts[pid_file] = [*starts, self._clock()]
         with open(log_file, "ab") as log:

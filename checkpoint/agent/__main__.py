@@ -27,6 +27,7 @@ from checkpoint.agent.service import Service
 from checkpoint.agent.slots import fence
 from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
+from checkpoint.hashes import UNFIT
 from checkpoint.store import open_store
 from trainer.wire.files import write_file
 
@@ -127,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, CheckpointError) as error:
         log.error("the agent cannot start: %s", error)
         return error.exit_code if isinstance(error, CheckpointError) else 78
+    if UNFIT:
+        log.warning("%s: digests are Python's own, which take longer; build it again: `make setup`", UNFIT)
     options = Options(
         run=args.run,
         launch=args.launch,

@@ -282,12 +282,18 @@ class FileStore:
 
     def _check_root(self, error: OSError) -> None:
         """StoreRefused where an object is missing because no folder can be where the root is."""
-        if isinstance(error, NotADirectoryError):
-            for path in (self.root, *self.root.parents):
-                if path.exists() and not path.is_dir():
-                    raise StoreRefused(
-                        f"the file store {self.root}: {path} is a file, and a store is a folder; correct --store"
-                    ) from error
+        if os.path.isdir(self.root):
+            return
+        for path in (self.root, *self.root.parents):
+            if os.path.islink(path) and not os.path.exists(path):
+                raise StoreRefused(
+                    f"the file store {self.root}: {path} is a symbolic link to {os.readlink(path)!r}, and nothing is "
+                    "there; make that folder (or mount its disk), or correct --store"
+                ) from error
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise StoreRefused(
+                    f"the file store {self.root}: {path} is a file, and a store is a folder; correct --store"
+                ) from error
 
     def _sweep(self) -> None:
         """Remove what crashed writers left half written, as far as that is ours to remove."""
@@ -356,6 +362,7 @@ class FileStore:
             except FileExistsError:
                 pass  # another creator's
             except FileNotFoundError as error:
+                self._check_root(error)
                 if not (self.root.is_relative_to(folder) and folder.parent.is_dir()):
                     raise  # a collector's
                 raise StoreRefused(

@@ -219,8 +219,12 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
     if (refused := _unsent(error, what, store)) is not None:
         return refused
     said = f"{what}: {store}: {type(error).__name__}: {str(error)[:300]}"
-    if isinstance(error, botocore.exceptions.EndpointConnectionError) and ".amazonaws.com" in said:
-        said += "; is the region right (?region=…, AWS_REGION), and does this machine reach AWS?"
+    if isinstance(error, botocore.exceptions.EndpointConnectionError):
+        said += (
+            "; is the region right (?region=…, AWS_REGION), and does this machine reach AWS?"
+            if ".amazonaws.com" in said
+            else "; does the server run, and is the endpoint right (?endpoint=…, AWS_ENDPOINT_URL, the profile)?"
+        )
     if isinstance(error, botocore.parsers.ResponseParserError):
         return StoreRefused(f"{said}; {NOT_S3}")
     if isinstance(error, CREDENTIALS):

@@ -21,12 +21,14 @@ def demo(sets: tuple[str, ...], out: str, no_prefect: bool, as_json: bool) -> in
     import signal
     import tomllib
 
+    from flows.cli.signals import heard
     from flows.demo import demo as run_demo
     from trainer.presets import PRESETS
     from trainer.spec import parse_spec
 
     spec = parse_spec(tomllib.loads(PRESETS["gpt2-demo"]), sets, origin="demo")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends what it started, as Ctrl-C does
+    for number in heard():
+        signal.signal(number, signal.default_int_handler)  # ends what it started, as Ctrl-C does
     voice = Voice(as_json)
     result = run_demo(spec, Path(out), voice, use_prefect=not no_prefect)
     if as_json:

@@ -1,15 +1,19 @@
-"""Ctrl-C and SIGTERM of a command that works for long: nothing is lost at any moment, and it says what goes on.
+"""Ctrl-C, SIGTERM and a terminal that closes (SIGHUP), of a command that works for long: nothing is lost at any moment,
+and it says what goes on.
 
 While something is prepared, nothing of a run works yet: the command leaves at once, and the same command goes on from
 what is in the store. While a local run is driven, the first signal has the gang save one agreed step and leave. At a
 terminal a second Ctrl-C within ``SECOND_S`` comes before that: the command leaves and the run goes on by itself. Later
 a second signal leaves at once too; the gang saves and ends by itself then. A gang on a cluster trains on, whatever the
-command does: the first signal detaches from it, a second one leaves at once.
+command does: the first signal detaches from it, a second one leaves at once. Where the terminal closes nobody asked for
+the run's end: the command leaves at once, tells Prefect's page, and the run goes on by itself. A SIGHUP that is ignored
+(``nohup``) stays so.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -23,6 +27,7 @@ from flows.cli import terminal
 T = TypeVar("T")
 
 EXIT_STOPPED = 85
+EXIT_HUNG_UP = 128 + signal.SIGHUP
 SECOND_S = 1.0
 _LOOK_S = 0.1
 _STOPPING = "stopping: the gang saves one agreed step and leaves"
@@ -44,7 +49,7 @@ class Signals:
         self.detaches = False  # whether the gang that is driven trains on when its driver is stopped
         self.where = "in the cluster"  # it does so then
         self._asked: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in heard():
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
@@ -79,6 +84,8 @@ class Signals:
                 driving = self._driving
             if not driving and self._asked:
                 leave(EXIT_STOPPED, _PREPARING, self.say)
+            if signal.SIGHUP in self._asked:
+                self._hung_up()
             if len(self._asked) > 1 and seen >= 1:
                 self._second()
             elif self._asked and not seen:
@@ -94,36 +101,51 @@ class Signals:
                 self.stop.set()
         if errors and self._asked and not self._driving:
             leave(EXIT_STOPPED, _PREPARING, self.say)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        if errors and signal.SIGHUP in self._asked:  # it could not say what it did any more
+            self._hung_up()
+        for number in heard():
             signal.signal(number, signal.SIG_IGN)  # it is over: what is to be said is said whole
         if errors:
             raise errors[0]
         return result[0]
 
-    def _second(self) -> None:
+    def _hung_up(self) -> None:
+        leave(EXIT_HUNG_UP, f"the terminal closed: {self._goes_on()}", self.say)
+
+    def _goes_on(self) -> str:
         saves = self.stop.is_set() and not self.detaches
-        what = "the gang saves its state and ends by itself" if saves else "the run goes on by itself"
+        return "the gang saves its state and ends by itself" if saves else "the run goes on by itself"
+
+    def _second(self) -> None:
         leave(
             128 + self._asked[1],
-            f"leaving at once: {what}; the same command, or `hotstage runs resume`, attaches",
+            f"leaving at once: {self._goes_on()}; the same command, or `hotstage runs resume`, attaches",
             self.say,
         )
 
 
-def stopped_by_signals(stop: threading.Event, *, twice: bool = False) -> None:
-    """Have Ctrl-C and SIGTERM set ``stop``. ``twice``: a second one interrupts whatever is being done."""
+def heard() -> tuple[int, ...]:
+    """What ends a command that works for long; not SIGHUP where whoever started it has that ignored."""
+    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    return (signal.SIGINT, signal.SIGTERM, *hang_up)
 
-    def heard(_number: int, _frame: Any) -> None:
+
+def stopped_by_signals(stop: threading.Event, *, twice: bool = False) -> None:
+    """Have these signals set ``stop``. ``twice``: a second one interrupts whatever is being done."""
+
+    def on_signal(_number: int, _frame: Any) -> None:
         if twice and stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, heard)
+    for number in heard():
+        signal.signal(number, on_signal)
 
 
 def leave(code: int, text: str, say: Callable[[str], None]) -> None:
     """End the process now, whatever its threads do; temporary folders go first, and the terminal is left as it was."""
-    say(text)
+    with contextlib.suppress(terminal.OutputLost):  # the terminal may be gone
+        say(text)
     atexit._run_exitfuncs()
-    os._exit(terminal.finish(code))
+    finished = terminal.finish(code)
+    os._exit(code if code == EXIT_HUNG_UP else finished)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import contextlib
 import errno
 import io
 import os
+import stat
 import sys
 import threading
 from typing import Any, NoReturn
@@ -33,7 +35,7 @@ class OutputLost(TrainerError):
     """Standard output cannot be written any more."""
 
     def __init__(self, error: OSError) -> None:
-        gone = error.errno in (errno.EPIPE, errno.EBADF)
+        gone = error.errno in (errno.EPIPE, errno.EBADF) or (error.errno == errno.EIO and _is_device())
         self.exit_code = PIPE_CLOSED if gone else 78
         super().__init__(
             "" if gone else f"standard output cannot be written: {error.strerror}; free space, or write it elsewhere"
@@ -50,6 +52,13 @@ class _Out(io.FileIO):
             raise
         except OSError as error:
             raise OutputLost(error) from error
+
+
+def _is_device() -> bool:
+    """Whether standard output is a terminal, which answers EIO from when it was closed."""
+    with contextlib.suppress(OSError):
+        return stat.S_ISCHR(os.fstat(1).st_mode)
+    return False
 
 
 def prepare_streams() -> None:

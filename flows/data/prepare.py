@@ -54,7 +54,7 @@ from flows.data.shards import (
     sum_shard,
 )
 from flows.data.sources import Borne, Entry, open_source
-from flows.data.tokenizer import EOT, cut_long_words, given_tokenizer, train_tokenizer
+from flows.data.tokenizer import EOT, cut_long_words, given_tokenizer, may_end, train_tokenizer
 from flows.data.work import WorkGone, piece_name
 from trainer.dataset import DatasetRef, token_bytes_for
 from trainer.errors import DatasetError, SpecError
@@ -382,6 +382,12 @@ class _Preparation:
             changes = self.given.tokenizer.normalizer
             if changes is not None:
                 self.say(f"data: {self.given.what} changes the text before it encodes it ({type(changes).__name__})")
+            end = self.given.end
+            if end is not None and not may_end(self.given.tokenizer, end):
+                self.say(
+                    f"data: data.end_token {end!r} is an ordinary token of {self.given.what}: wherever texts hold it, "
+                    "a document ends"
+                )
             work.put(self.given.data, "tokenizer.json")
             return self.given.tokenizer.to_str().encode()
         if not work.there("tokenizer.json"):

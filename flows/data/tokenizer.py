@@ -21,6 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flows.data.sources.base import Document
+from flows.data.sources.files import GZIP, format_of
 from trainer.errors import DatasetError
 from trainer.spec import MAX_VOCAB_SIZE, DataSpec
 
@@ -213,7 +214,7 @@ def parse_tokenizer(data: bytes, what: str) -> Tokenizer:
     """A tokenizer from its JSON, without the truncation, padding and dropout that it may ask for: a text has one way to
     be encoded."""
     try:
-        tree = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+        tree = json.loads(data.removeprefix(b"\xef\xbb\xbf").decode())
     except (ValueError, RecursionError) as error:
         raise DatasetError(f"{what} does not load: {_other_format(data)}; give a tokenizer.json") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
@@ -238,6 +239,9 @@ def _other_format(data: bytes) -> str:
         return "it is a tiktoken table, not JSON"
     if data.startswith(b"#version"):
         return "it is the merges.txt of a tokenizer"
+    what, mend = ("packed by gzip", "unpack it: gunzip -k") if data.startswith(GZIP) else format_of(data[:512])
+    if what:
+        return f"it is {what}; {mend}"
     return "it is no JSON" if data.strip() else "it is empty"
 
 

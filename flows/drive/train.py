@@ -32,7 +32,9 @@ from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
 from flows.drive.replays import Replays
 from flows.drive.run import Prepared, ask_run
+from flows.proxies import reach_directly
 from flows.tracking.tracker import Trackers
+from trainer.folders import data_folder
 from trainer.launch import Launch, Launcher, Watching
 from trainer.local_launch import LocalLauncher
 from trainer.spec import RunSpec, how_map, load_spec
@@ -45,12 +47,12 @@ def default_store() -> str:
     known = os.environ.get("HOTSTAGE_STORE")
     if known:
         return known
-    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    if base.startswith("~"):
+    try:
+        return str(data_folder())
+    except RuntimeError as error:
         raise StoreRefused(
             "this user has no home folder for the default store: give one with --store or HOTSTAGE_STORE"
-        )
-    return os.path.join(base, "hotstage")
+        ) from error
 
 
 def store_at(url: str | None) -> Store:
@@ -60,7 +62,9 @@ def store_at(url: str | None) -> Store:
 
 def store_url(text: str | None) -> str:
     """The URL of a store as a person wrote it; of the default one for None."""
-    return address(default_store() if text is None else text)
+    url = address(default_store() if text is None else text)
+    reach_directly(url, os.environ)
+    return url
 
 
 def launcher_for(spec: RunSpec, out: Path, store: Store, run: str) -> Launcher:

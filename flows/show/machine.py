@@ -16,6 +16,7 @@ from pathlib import Path
 
 from checkpoint.agent.devices import Found, NoDevice, choose, read_devices
 from checkpoint.agent.kernel_log import kernel_lines, xids
+from checkpoint.hashes import UNFIT
 from k8s.doctor import Check
 from trainer.engine_path import CUDA_NAME, cuda_environment, cuda_folders, cuda_library, engine_binary
 from trainer.errors import LaunchError
@@ -96,7 +97,12 @@ def _engine() -> tuple[list[Check], Path | None]:
     code, said = _said([str(engine), "version"])
     if code != 0:
         return [Check("engine", "bad", f"{engine} does not run: {_words(said)}", "build it again: `make setup`")], None
-    return [Check("engine", "ok", f"{_words(said)}, {engine}")], engine
+    found = [Check("engine", "ok", f"{_words(said)}, {engine}")]
+    if UNFIT:
+        found.append(
+            Check("hashes", "warn", f"{UNFIT}: checkpoints take longer to hash", "build it again: `make setup`")
+        )
+    return found, engine
 
 
 def driver_version(text: str) -> str | None:

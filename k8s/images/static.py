@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainer.folders import cache_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 ZIG = "0.17.1"
 TOOLS = (f"ziglang=={ZIG}", "cmake==3.31.6", "ninja==1.11.1.4")
@@ -24,7 +26,7 @@ TARGETS = {"amd64": ("x86_64-linux-musl", "x86_64"), "arm64": ("aarch64-linux-mu
 
 def cache() -> Path:
     """The user's cache folder for hotstage; made where it is missing."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage"
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

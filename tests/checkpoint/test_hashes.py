@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import mmap
 import random
+import subprocess
+import sysconfig
 import zlib
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from checkpoint import hashes
 from checkpoint.hashes import crc32, sha256_leaves, sha256_two_chunks
+from tests.support.compilers import find
+from trainer import wire
 
 LENGTHS = [(), (0,), (1,), (63,), (64,), (65,), (4096,), (4097,), (8191, 1, 64, 0, 5000), (100_000,), (12_288, 12_292)]
 
@@ -92,3 +97,19 @@ def test_sums_are_zlibs(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         with memoryview(data)[first:end] as view:
             assert crc32(view) == zlib.crc32(view)
             assert crc32(view, 0x12345678) == zlib.crc32(view, 0x12345678)
+
+
+@pytest.mark.parametrize("what", ["no library", "of another version"])
+def test_a_library_that_does_not_fit_is_told(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = tmp_path / "trainer" / "bin" / hashes.NAME
+    old.parent.mkdir(parents=True)
+    if what == "no library":
+        old.write_bytes(b"not an ELF file")
+    else:
+        (tmp_path / "old.c").write_text("int hs_crc32;\n")
+        subprocess.run([find("cc"), "-shared", "-o", str(old), str(tmp_path / "old.c")], check=True)
+    monkeypatch.setattr(wire, "__file__", str(tmp_path / "trainer" / "wire" / "__init__.py"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _kind: str(tmp_path))
+    library, why = hashes._open()
+    assert library is None
+    assert f"{old} is not of this version and machine (" in why

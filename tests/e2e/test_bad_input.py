@@ -9,14 +9,10 @@ import contextlib
 import hashlib
 import json
 import os
-import pty
-import random
 import re
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,41 +21,15 @@ import pytest
 
 from checkpoint.codec import pack
 from checkpoint.store import open_store
-from tests.support.chaos import ask_to_stop
+from tests.support.answers import DATA, LOST, REFUSED, STOPPED, refused, resumed, stopped_after
 from tests.support.hostile_s3 import hostile_s3
-from tests.support.place import LONG_STEPS, STEPS, Done, Place, finish
+from tests.support.place import STEPS, Done, Place, finish
 from tests.support.wait import wait_for
 from trainer.dataset import write_shard
-
-SEED = int(os.environ.get("HOTSTAGE_STOP_SEED", "7"))
-
-USAGE, DATA, LOST, REFUSED, STOPPED = 2, 65, 75, 78, 85
-
-
-def readable(done: Done) -> None:
-    """What a person gets: no traceback, one message that starts with the command's name, not a wall of text."""
-    assert "Traceback" not in done.err, done.err
-    told = [line for line in done.told.splitlines() if line.startswith("hotstage: ")]
-    assert len(told) == 1, done.out + done.err
-    assert len(told[0]) < 900
-
-
-def refused(done: Done, code: int, *words: str) -> None:
-    readable(done)
-    assert done.code == code, done.out + done.err
-    for word in words:
-        assert word in done.told, done.err
 
 
 def train(place: Place, *sets: str) -> Done:
     return finish(place.start_train(*sets))
-
-
-def resumed(place: Place, run: str, digest: str, *more: str) -> None:
-    """Once mended, the run goes on to the bits of a run that nothing ever happened to."""
-    told = place.call("runs", "resume", run, "--no-prefect", "--json", *more)
-    assert told.code == 0, told.err
-    assert (told.json()["outcome"], told.json()["state_digest"]) == ("succeeded", digest)
 
 
 # --- the spec ----------------------------------------------------------------------------------------------
@@ -423,152 +393,3 @@ def test_a_checkpoint_of_another_model(place: Place) -> None:
     refused(done, REFUSED, "wpe", "(64, 64)", "start a new run")
     place.all_gone()
     assert json.loads(place.said("ckpt", "digest", run, "--json")) == before
-
-
-# --- Ctrl-C and SIGTERM at any time -------------------------------------------------------------------------
-
-
-def stop_at(place: Place, look: Callable[[], object], what: str, number: int) -> Done:
-    """Start, wait for the moment, signal."""
-    process = place.start_train()
-    wait_for(lambda: look() or process.poll() is not None, what, 60)
-    process.send_signal(number)
-    return finish(process)
-
-
-def stopped_after(place: Place, look: Callable[[], object], what: str) -> Done:
-    """Start, wait for the moment, by which ranks train, and have the gang stop."""
-    process = place.start_train()
-    wait_for(look, what, 60)
-    ask_to_stop(process, signal.SIGTERM, place.folder / "out")
-    return finish(process)
-
-
-def test_stopped_while_data_is_prepared(place: Place, undisturbed: tuple[str, str]) -> None:
-    corpus = place.folder / "corpus"
-    words = random.Random(1)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    text = " ".join("".join(words.choices(letters, k=words.randint(2, 9))) for _ in range(400_000))
-    (corpus / "big.text").write_text(text)
-    temporary = place.folder / "tmp"
-    temporary.mkdir()
-    place.env["TMPDIR"] = str(temporary)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        for command in (["train", "spec.toml", "--no-prefect"], ["data", "prepare", "spec.toml"]):
-            process = place.start(*command, "--set", "data.source=text:corpus/*.text", "--set", "data.vocab_size=30000")
-            assert process.stdout is not None
-            while b"training a byte-level BPE" not in process.stdout.readline():
-                assert process.poll() is None
-            process.send_signal(number)
-            done = finish(process)
-            assert done.code == STOPPED, done.err
-            assert "the same command goes on" in done.err
-            assert not place.left()
-            assert not list(temporary.iterdir())
-    assert not (place.folder / "store" / "runs").exists()
-    assert place.train()["state_digest"] == undisturbed[1]
-
-
-@pytest.mark.long_run
-def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) -> None:
-    """While starting, mid step, while draining, at the very end: each leaves a run that the next command takes up."""
-    run, digest = undisturbed
-    store = place.run_folder(run)
-
-    def records() -> int:
-        return len(list((store / "log").glob("*")))
-
-    def steps() -> int:
-        return sum(1 for s in store.glob("live/*/metrics/*") if s.stat().st_size)
-
-    done = stop_at(place, records, "the attempt's record", signal.SIGINT)
-    assert done.code == STOPPED, done.err
-    assert "nothing was saved yet" in done.err or done.json()["step"] >= 0
-    place.all_gone()
-
-    before = steps()
-    done = stopped_after(place, lambda: steps() > before, "a step")
-    assert done.code == STOPPED, done.err
-    middle = done.json()["step"]
-    assert 0 < middle < LONG_STEPS
-    place.all_gone()
-
-    # draining: the gang saves, and a second signal makes the command leave; the gang ends by itself
-    process = place.start_train()
-    before = steps()
-    wait_for(lambda: steps() > before, "a step", 60)
-    process.send_signal(signal.SIGTERM)
-    assert process.stderr is not None
-    while b"stopping: the gang" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    done = finish(process)
-    assert done.code in (128 + signal.SIGTERM, STOPPED), done.err
-
-    # the very end
-    done = stop_at(place, lambda: b"ended" in _newest(store / "log"), "the run's end", signal.SIGINT)
-    assert done.code == 0, done.err
-    assert (done.json()["outcome"], done.json()["state_digest"]) == ("succeeded", digest)
-    place.all_gone()
-    assert json.loads(place.said("runs", "show", run, "--json"))["state"] == "succeeded"
-
-
-def _newest(log: Path) -> bytes:
-    names = sorted(log.glob("[0-9]*"))
-    return names[-1].read_bytes() if names else b""
-
-
-@pytest.mark.slow
-def test_stopped_at_seeded_moments(place: Place, undisturbed: tuple[str, str]) -> None:
-    """Whenever a signal comes, from the interpreter's start to the end: the next command goes on to the same bits."""
-    run, digest = undisturbed
-    dice = random.Random(SEED)
-    print(f"HOTSTAGE_STOP_SEED={SEED}")
-    begin = time.monotonic()
-    place.run("plan", "spec.toml")
-    about = 2 * (time.monotonic() - begin)  # of the order of a whole run here, however busy the machine is
-    for _ in range(4):
-        process = place.start_train()
-        delay, number = dice.uniform(0, about), dice.choice([signal.SIGINT, signal.SIGTERM])
-        print(f"signal {number} after {delay:.3f} s")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(delay)
-        process.send_signal(number)
-        done = finish(process)
-        print(f"exit code {done.code}")
-        # 130 and a death by the signal itself: before the command had begun its work
-        assert done.code in (0, STOPPED, 130, -signal.SIGINT, -signal.SIGTERM), done.out + done.err
-        place.all_gone()
-    result = place.train()
-    assert (result["run"], result["outcome"], result["state_digest"]) == (run, "succeeded", digest)
-
-
-@pytest.mark.long_run
-def test_two_ctrl_c_at_a_terminal_leave_it_running(place: Place, undisturbed: tuple[str, str]) -> None:
-    run, digest = undisturbed
-    ours, theirs = pty.openpty()
-    env = place.env | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "-m", "flows.cli", "train", "spec.toml", "--no-prefect"]
-    process = subprocess.Popen(
-        command, cwd=place.folder, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
-    )
-    os.close(theirs)
-    try:
-        store = place.run_folder(run)
-        wait_for(lambda: any(store.glob("live/*/metrics/*")), "a step", 60)
-        process.send_signal(signal.SIGINT)
-        said = b""
-        while b"again within" not in said:
-            said += os.read(ours, 4096)
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(OSError):  # the end of the terminal
-            while block := os.read(ours, 4096):
-                said += block
-        assert process.wait(60) == 128 + signal.SIGINT, said.decode()
-        assert b"the run goes on by itself" in said
-    finally:
-        os.close(ours)
-        process.kill()
-        process.wait()
-    result = place.train()
-    assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest)

@@ -26,6 +26,7 @@ import numpy as np
 from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest, marshalled
 from tests.support.compilers import OTHER, find
 from trainer import wire
+from trainer.folders import cache_folder
 
 CUDA = ENGINE / "kernels" / "cuda"
 BACKEND = ENGINE / "backend" / "cuda"
@@ -49,7 +50,7 @@ def compiler() -> list[str]:
 
 def build(sanitize: str = "") -> Path:
     """Compiles what changed and links the library. Several processes at once: one compiles, the others wait."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "kernel-tests"
+    base = cache_folder() / "kernel-tests"
     base.mkdir(parents=True, exist_ok=True)
     cxx, link = compiler(), [find("cc")]
     extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []

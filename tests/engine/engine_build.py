@@ -1,6 +1,6 @@
 """The engine, built from the sources as they are now: for tests of the binary and of programs that link its library.
 
-A build is kept in ``hotstage/engine/<digest>`` of the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``); the
+A build is kept in ``hotstage/engine/<digest>`` of the user's cache folder (`trainer.folders`); the
 digest is over the engine's sources, the compiler's version and the options: a change builds anew, nothing else does.
 ``HOTSTAGE_ENGINE`` names a binary to test instead (what the ``engine`` fixture gives).
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.compilers import find
+from trainer.folders import cache_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "trainer" / "engine"
@@ -40,7 +41,7 @@ def _run(command: list[str]) -> None:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "engine"
+    return cache_folder() / "engine"
 
 
 def _digest(compiler: str, options: list[str]) -> str:

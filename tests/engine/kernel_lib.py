@@ -1,6 +1,6 @@
 """The engine's kernels as a shared library, for tests: built here from the engine's sources, called through ctypes.
 
-Objects and the library are kept under the user's cache folder (``XDG_CACHE_HOME`` or ``~/.cache``), in
+Objects and the library are kept under the user's cache folder (`trainer.folders`), in
 ``hotstage/kernel-tests``, named by a digest of the sources that went into them, the flags and the compiler.
 ``HOTSTAGE_TEST_CC`` picks the compiler (tests/support/compilers.py; ``cc`` where absent); ``HOTSTAGE_TEST_SETS=ref``
 leaves the fast sets out.
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from tests.support.compilers import find
 from trainer import wire
+from trainer.folders import cache_folder
 
 Array = NDArray[Any]
 
@@ -107,7 +108,7 @@ def _build(
     compiler: list[str], units: Sequence[tuple[Path, list[str], list[Path]]], link: list[str], name: str, ext: str
 ) -> Path:
     """Compiles what changed and links it. Several processes at once: one compiles, the others wait."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "kernel-tests"
+    base = cache_folder() / "kernel-tests"
     base.mkdir(parents=True, exist_ok=True)
     version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
     version += shlex.join(compiler).encode()

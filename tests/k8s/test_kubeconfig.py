@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ def config(
     }
 
 
+GARBAGE = base64.b64encode(bytes(range(256))).decode()
+EMPTY_PEM = base64.b64encode(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").decode()
+KEY_PEM = base64.b64encode(b"-----BEGIN RSA PRIVATE KEY-----\nAAAA\n-----END RSA PRIVATE KEY-----\n").decode()
+
+
 def program(line: str) -> dict[str, Any]:
     return {"exec": {**EXEC, "command": "sh", "args": ["-c", line]}}
 
@@ -43,6 +49,15 @@ def program(line: str) -> dict[str, Any]:
         (config(cluster={"server": "10.1.2.3:6443"}), "server is '10.1.2.3:6443'; write it as https://host:port"),
         (config(cluster={"server": SERVER, "certificate-authority": "ca.crt"}), "authority is the file /.*/ca.crt, wh"),
         (config(cluster={"server": SERVER, "certificate-authority-data": "abc"}), "authority-data is no base64"),
+        (
+            config(cluster={"server": SERVER, "certificate-authority-data": GARBAGE}),
+            r"certificate-authority-data holds no certificate in PEM \(it is no text\); fetch the kubeconfig anew",
+        ),
+        (
+            config(cluster={"server": SERVER, "certificate-authority-data": EMPTY_PEM}),
+            "-data holds no certificate in PEM",
+        ),
+        (config({"client-certificate-data": KEY_PEM}), "certificate-data holds no certificate in PEM .it has no line"),
         (config({"client-certificate": "/no/c.crt", "client-key": "/no/c.key"}), "the file /no/c.crt, which is not"),
         (config({"tokenFile": "/no/token"}), "tokenFile is the file /no/token, which is not there; bring it there"),
         (config({"exec": EXEC}), r"'no-such-program', and that is not in PATH; install it \(ask Ann\), or take"),

@@ -37,6 +37,19 @@ def test_the_fields_are_those_of_the_clients_model() -> None:
         ({"affinity": {"nodeAffinity": "x"}}, "affinity.nodeAffinity 'x' is no table"),
         ({"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": {}}}}},
          "nodeSelectorTerms {} is no list"),
+        ({"hostNetwork": True}, "pod_patch sets hostNetwork, which the gang's contract fixes; take it out"),
+        ({"shareProcessNamespace": True}, "pod_patch sets shareProcessNamespace, which the gang's contract fixes"),
+        ({"hostname": "a"}, "pod_patch sets hostname, which the gang's contract fixes"),
+        ({"securityContext": None}, "takes the pod's securityContext away, which confines the engine"),
+        ({"securityContext": {"runAsNonRoot": False}}, "securityContext.runAsNonRoot = False: the engine runs with"),
+        ({"securityContext": {"seccompProfile": {"type": "Unconfined"}}}, "seccompProfile = .*Unconfined.*restricted"),
+        ({"securityContext": {"runAsUser": 0}}, "securityContext.runAsUser = 0 is root, and the engine is none; write"),
+        ({"securityContext": {"fsGroup": 0}}, "securityContext.fsGroup = 0 is root"),
+        ({"containers": [{"name": "engine", "securityContext": {"privileged": True}}]},
+         "changes securityContext of container 'engine', which the gang's contract fixes"),
+        ({"containers": [{"name": "engine", "env": [
+            {"name": "K", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}]},
+         "gives the engine's container K of a Secret; credentials go to the agent only"),
     ],
 )  # fmt: skip
 def test_a_patch_that_is_not_of_a_pods_form_is_refused(patch: dict[str, Any], words: str) -> None:
@@ -72,3 +85,8 @@ def test_names_as_clusters_have_them_are_taken() -> None:
         resources={"limits.cpu": "2", "ephemeral-storage": "1Gi"},
     )[0]
     assert job["spec"]["template"]["spec"]["priorityClassName"] == "high"
+
+
+def test_a_cluster_may_give_users_of_its_own() -> None:
+    own = {"runAsUser": None, "runAsGroup": 1000660000, "fsGroup": None}
+    rendered(pod_patch={"securityContext": own})

@@ -17,7 +17,7 @@ from flows.cli.main import exit_code_of
 @contextmanager
 def _signals_kept() -> Iterator[None]:
     """A command that trains has its process ignore Ctrl-C once it is through."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

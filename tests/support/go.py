@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from trainer.folders import cache_folder
+
 VERSION = "1.27.3"
 
 
 def cache() -> Path:
     """The user's cache folder for hotstage; made where it is missing."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage"
+    folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -30,6 +30,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from trainer.folders import cache_folder
+
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = ("bookworm", "trixie")
 CANNOT = 69
@@ -73,7 +75,7 @@ def packages(readme: str) -> list[str]:
 
 
 def cache() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hotstage" / "newcomer"
+    folder = cache_folder() / "newcomer"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -159,6 +159,8 @@ def chunks_of(file: Opened, name: str, first: int = 0, last: int | None = None) 
     for data in (_gunzip if head.startswith(GZIP) else _unzstd)(file, name):
         if not begun:
             refuse_formats(name, data[:512])
+            if data.startswith(PACKED):
+                raise DatasetError(f"{name} is packed twice; unpack it once, or leave it out of data.source")
             begun = True
         begin, end = max(first - at, 0), len(data) if last is None else min(last - at, len(data))
         if begin < end:
@@ -179,12 +181,22 @@ def _plain(file: Opened, first: int, last: int | None) -> Iterator[bytes]:
 
 def refuse_formats(name: str, head: bytes, wanted: str = "text in UTF-8") -> None:
     """DatasetError where a file that begins so is of a format that is not what is ``wanted``."""
+    what, mend = format_of(head)
+    if what:
+        path = f" {name!r}" if ":" in mend and "GLOB" not in mend else ""
+        raise DatasetError(f"{name} is {what}, not {wanted}; {mend}{path}")
+
+
+def format_of(head: bytes) -> tuple[str, str]:
+    """What a file is that begins so, and what makes text of it; empty where that is not known.
+
+    >>> format_of(b"%PDF-1.7")
+    ('PDF', 'extract its text: pdftotext')
+    """
     for magic, what, mend in _MAGIC:
         if head.startswith(magic) and (magic != b"BZh" or head[3:4].isdigit()):
-            path = f" {name!r}" if ":" in mend and "GLOB" not in mend else ""
-            raise DatasetError(f"{name} is {what}, not {wanted}; {mend}{path}")
-    if head[257:262] == b"ustar":
-        raise DatasetError(f"{name} is a tar archive, not {wanted}; unpack it: tar xf {name!r}")
+            return what, mend
+    return ("a tar archive", "unpack it: tar xf") if head[257:262] == b"ustar" else ("", "")
 
 
 def _cut_short(name: str, what: str, at: int) -> DatasetError:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import fnmatch
 import functools
 import glob
+import os
 import re
 import threading
 from typing import Any
 
 from checkpoint.errors import NotFound, StoreError
 from flows.data.sources.base import Entry, changed, vanished
+from flows.proxies import reach_directly
 from trainer.errors import DatasetError
 
 _SCHEME = "s3://"
@@ -93,6 +95,7 @@ def _store(address: str) -> Any:
     if address not in made:
         from checkpoint.store.s3_address import open_s3  # boto3 takes 0.3 s to import: only where it is used
 
+        reach_directly(address, os.environ)
         made[address] = open_s3(address)
     return made[address]
 

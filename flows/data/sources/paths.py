@@ -173,7 +173,10 @@ def _why_none(kind: str, pattern: str, folders: int) -> str:
     hints = []
     if "$" in pattern:
         hints.append("variables of the shell are not replaced here; write what it stands for, or ~ for the home folder")
-    if "," in pattern and any(os.path.lexists(part.partition(":")[2] or part) for part in pattern.split(",")):
+    if pattern[0] in "\"'":
+        hints.append(f"quotes are part of a name; write {kind}:{pattern.strip(pattern[0])}")
+    parts = [part.strip().removeprefix(f"{kind}:") for part in pattern.split(",")]
+    if len(parts) > 1 and any(os.path.lexists(part) or any(_matches(part)) for part in parts if part):
         hints.append("a comma is part of a name; several patterns are one with * or [ ], or parts of data.mix")
     if missing is not None:
         hints.append(missing)

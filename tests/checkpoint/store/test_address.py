@@ -88,8 +88,21 @@ def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store_url(None) == (tmp_path / "h%41" / ".local" / "share" / "hotstage").as_uri()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data %41"))
     assert store_url(None) == (tmp_path / "data %41" / "hotstage").as_uri()
+    monkeypatch.setenv("XDG_DATA_HOME", "data")  # of the current folder: the specification says that it does not count
+    assert store_url(None) == (tmp_path / "h%41" / ".local" / "share" / "hotstage").as_uri()
     monkeypatch.setenv("HOTSTAGE_STORE", str(tmp_path / "s#1"))
     assert store_url(None) == (tmp_path / "s#1").as_uri()
+
+
+@pytest.mark.parametrize("below", ["", "deeper/store"])
+def test_a_link_to_nothing_is_no_store(tmp_path: Path, below: str) -> None:
+    (tmp_path / "link").symlink_to("unmounted")
+    store = store_at(str(tmp_path / "link" / below))
+    for use in (lambda: store.create("probe/a", b"1"), lambda: store.get("probe/a"), lambda: list(store.list(""))):
+        with pytest.raises(StoreRefused, match="/link is a symbolic link to 'unmounted', and nothing is there; make"):
+            use()
+    (tmp_path / "unmounted").mkdir()
+    assert store.create("probe/a", b"1")
 
 
 @pytest.mark.parametrize(

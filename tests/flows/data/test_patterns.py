@@ -92,6 +92,8 @@ def test_a_pattern_matches_what_glob_matches(here: Path) -> None:
         ("c/A.TXT", "text:c/*.txt", "1 file(s) match but for small and capital letters"),
         ("c/a.txt", "text:$HOME/c/*.txt", "variables of the shell are not replaced"),
         ("c/a.txt", "text:c/a.txt,text:c/b.txt", "a comma is part of a name"),
+        ("c/a.txt", "text:c/*.txt, d/*.txt", "a comma is part of a name"),
+        ("c/a.txt", "text:'c/*.txt'", "quotes are part of a name; write text:c/*.txt"),
     ],
 )
 def test_a_pattern_that_matches_nothing_says_what_is_meant(here: Path, file: str, source: str, proposal: str) -> None:

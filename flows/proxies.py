@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -26,9 +26,9 @@ def pass_loopback_by(environment: MutableMapping[str, str]) -> None:
 
     The lower spelling holds for these clients where both are there, even an empty one; afterwards they are the same.
     """
-    if not any(environment.get(name) or environment.get(name.upper()) for name in _PROXIES):
+    if not _named(environment):
         return
-    said = environment.get("no_proxy", environment.get("NO_PROXY", ""))
+    said = _said(environment)
     entries = [found for entry in re.split(r"[,\s]+", said) if entry and (found := _read_by_all(entry))]
     if "*" in entries:
         entries = ["*"]  # some know it only where it is alone
@@ -37,12 +37,41 @@ def pass_loopback_by(environment: MutableMapping[str, str]) -> None:
     environment["no_proxy"] = environment["NO_PROXY"] = ",".join(entries)
 
 
+def reach_directly(url: str, environment: MutableMapping[str, str]) -> None:
+    """Add the host of a server that was found later (in a profile, an option, a spec), where the list names it by a
+    range. ``url``: the server's, or that of a store that says its endpoint. To be called before a client is made.
+    """
+    said = _said(environment)
+    if not _named(environment) or "*" in said.split(","):
+        return
+    for host in _hosts((url, *_endpoints(url)), said):
+        if host not in said.split(","):
+            environment["no_proxy"] = environment["NO_PROXY"] = f"{said},{host}"
+
+
+def _named(environment: MutableMapping[str, str]) -> bool:
+    """Whether any proxy is."""
+    return any(environment.get(name) or environment.get(name.upper()) for name in _PROXIES)
+
+
+def _said(environment: MutableMapping[str, str]) -> str:
+    return environment.get("no_proxy", environment.get("NO_PROXY", ""))
+
+
+def _endpoints(store: str) -> list[str]:
+    return parse_qs(urlsplit(store).query).get("endpoint", []) if store.lower().startswith("s3:") else []
+
+
 def _within(said: str, environment: MutableMapping[str, str]) -> Iterator[str]:
     """Hosts of servers that lie within what is said."""
+    store = environment.get("HOTSTAGE_STORE", "")
+    yield from _hosts([*(environment.get(name, "") for name in _ADDRESSES), *_endpoints(store)], said)
+
+
+def _hosts(urls: Iterable[str], said: str) -> Iterator[str]:
     from k8s.proxy import passes_by
 
-    store = parse_qs(urlsplit(environment.get("HOTSTAGE_STORE", "")).query).get("endpoint", [])
-    for url in (*(environment.get(name, "") for name in _ADDRESSES), *store):
+    for url in urls:
         with contextlib.suppress(ValueError):  # whoever uses it says that it is none
             if (host := urlsplit(url).hostname) and passes_by(url, said):
                 yield host

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import urllib.request
+from pathlib import Path
 
 import httpx
 import pytest
 from botocore.utils import get_environ_proxies
 
-from flows.cli.proxies import pass_loopback_by
+from flows.proxies import pass_loopback_by, reach_directly
 from k8s.proxy import passes_by, proxy_for
 from tests.flows.conftest import Api
 from tests.k8s.recording_proxy import RecordingProxy
@@ -83,6 +86,44 @@ def test_servers_within_a_range_are_reached_directly_by_all(monkeypatch: pytest.
     with httpx.Client() as client:
         assert client._transport_for_url(httpx.URL("http://10.1.2.3:4200/api")) is client._transport
         assert client._transport_for_url(httpx.URL("http://10.1.2.4")) is not client._transport
+
+
+@pytest.mark.parametrize(
+    ("url", "reached"),
+    [
+        ("http://10.1.2.3:4200/api", ["http://10.1.2.3:4200"]),  # of a profile of Prefect's
+        ("s3://b/p?endpoint=http://10.7.7.7:9000", ["http://10.7.7.7:9000"]),  # of --store, or a corpus
+        ("s3://b/p", []),
+        ("http://192.0.2.1/api", []),
+        ("/data/runs?endpoint=http://10.9.9.9", []),
+    ],
+)
+def test_servers_that_are_found_later_too(monkeypatch: pytest.MonkeyPatch, url: str, reached: list[str]) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8")
+    pass_loopback_by(os.environ)
+    before = os.environ["NO_PROXY"]
+    reach_directly(url, os.environ)
+    reach_directly(url, os.environ)
+    assert len(os.environ["NO_PROXY"].split(",")) == len(before.split(",")) + len(reached)
+    for server in reached:
+        assert get_environ_proxies(server) == {}
+
+
+def test_a_profile_s_server_and_a_store_s_are_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8")
+    (tmp_path / "profiles.toml").write_text(
+        'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://10.1.2.3:4200/api"\n'
+    )
+    code = (
+        "import os; from flows.prefect_api import configured; from flows.drive.train import store_url; configured(); "
+        "store_url('s3://bkt/p?endpoint=http://10.7.7.7:9000'); print(os.environ['NO_PROXY'])"
+    )
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT")}
+    env |= {"PREFECT_PROFILES_PATH": str(tmp_path / "profiles.toml")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "10.0.0.0/8,10.1.2.3,10.7.7.7"
 
 
 def test_what_is_elsewhere_still_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
