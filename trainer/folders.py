@@ -5,6 +5,7 @@ run before anything is installed use it too.
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 
@@ -21,4 +22,13 @@ def data_folder() -> Path:
 def _folder(variable: str, below_home: str) -> Path:
     """A relative value does not count, says the specification: it would be another folder from each folder."""
     said = os.environ.get(variable, "")
-    return (Path(said) if os.path.isabs(said) else Path.home() / below_home) / "hotstage"
+    return (Path(said) if os.path.isabs(said) else _home() / below_home) / "hotstage"
+
+
+def _home() -> Path:
+    """``HOME``; the user's in the system's table where it is unset, empty or relative."""
+    said = os.environ.get("HOME", "")
+    try:
+        return Path(said if os.path.isabs(said) else pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError as error:
+        raise RuntimeError(f"the user {os.getuid()} has no home folder: set HOME") from error

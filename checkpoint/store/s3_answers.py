@@ -206,6 +206,8 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
                 "whom it trusts, and AWS_WEB_IDENTITY_TOKEN_FILE"
             )
         if code in ("NoSuchKey", "404", "NotFound"):
+            if error.operation_name == "ListObjectsV2":
+                return StoreRefused(f"{said}: there is no such bucket, or {NOT_S3}")
             return NotFound(key, store)
         if code == "InvalidRange" or status == 416:
             return Damaged(f"{said}: the object was cut short")
@@ -225,6 +227,8 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
             if ".amazonaws.com" in said
             else "; does the server run, and is the endpoint right (?endpoint=…, AWS_ENDPOINT_URL, the profile)?"
         )
+    if isinstance(error, botocore.exceptions.ProxyConnectionError):
+        said += "; look at HTTP_PROXY and HTTPS_PROXY (http://host:port, no SOCKS), or name the server in NO_PROXY"
     if isinstance(error, botocore.parsers.ResponseParserError):
         return StoreRefused(f"{said}; {NOT_S3}")
     if isinstance(error, CREDENTIALS):

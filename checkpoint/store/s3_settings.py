@@ -13,7 +13,7 @@ from typing import Any
 import boto3
 import botocore.exceptions
 
-from checkpoint.errors import StoreRefused
+from checkpoint.errors import CredentialsRefused, StoreRefused
 
 _FILES = "the profiles are in AWS_CONFIG_FILE (~/.aws/config) and AWS_SHARED_CREDENTIALS_FILE (~/.aws/credentials)"
 
@@ -21,14 +21,27 @@ _FILES = "the profiles are in AWS_CONFIG_FILE (~/.aws/config) and AWS_SHARED_CRE
 def session() -> boto3.session.Session:
     """A session with the credentials of now. ``AWS_REGION`` counts: every SDK but boto3 knows it, and pods are given
     it."""
-    made = boto3.session.Session()
+    made = _asking_nobody(boto3.session.Session())
     region = made.region_name or os.environ.get("AWS_REGION")
     if made.region_name == "" and not region:
         raise StoreRefused(
             "the region is set and empty (AWS_DEFAULT_REGION, or the profile's region): write it as eu-west-1, or "
             "leave it out"
         )
-    return made if made.region_name else boto3.session.Session(region_name=region)
+    return made if made.region_name else _asking_nobody(boto3.session.Session(region_name=region))
+
+
+def _asking_nobody(made: boto3.session.Session) -> boto3.session.Session:
+    """It would ask whoever sits at the terminal for a device's code, again for each client, and a run has nobody."""
+
+    def refuse(question: str) -> str:
+        raise CredentialsRefused(
+            f"the profile asks for a code ({question.strip().rstrip(':')}), and a run can ask nobody: log in before, "
+            "and give what that brought (aws sts get-session-token, AWS_SESSION_TOKEN; aws sso login)"
+        )
+
+    made._session.get_component("credential_provider").get_provider("assume-role")._prompter = refuse
+    return made
 
 
 def unless_configured(made: boto3.session.Session, path_style: bool | None) -> dict[str, Any]:
@@ -83,6 +96,12 @@ def mend(error: BaseException, region: str | None) -> str:
     if str(error).startswith("Invalid endpoint: "):
         named = [name for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(name)]
         return f"; write {named[0] if named else 'the endpoint_url of the profile'} as http://host:port or https://host:port"
+    program = _profile(boto3.session.Session()).get("credential_process")
+    if program and isinstance(error, (ValueError, OSError, botocore.exceptions.CredentialRetrievalError)):
+        return (
+            f"; the profile's credential_process is {program.split()[0]!r}: call it by hand, it has to end with 0 and "
+            f"print credentials as JSON; {_FILES}"
+        )
     return f"; correct it where it is said: AWS_… in the environment, or the profile; {_FILES}"
 
 

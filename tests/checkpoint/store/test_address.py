@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,9 @@ def test_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert store_url(None) == (tmp_path / "data %41" / "hotstage").as_uri()
     monkeypatch.setenv("XDG_DATA_HOME", "data")  # of the current folder: the specification says that it does not count
     assert store_url(None) == (tmp_path / "h%41" / ".local" / "share" / "hotstage").as_uri()
+    for home in ("", "h%41"):
+        monkeypatch.setenv("HOME", home)
+        assert store_url(None) == (Path(pwd.getpwuid(os.getuid()).pw_dir) / ".local" / "share" / "hotstage").as_uri()
     monkeypatch.setenv("HOTSTAGE_STORE", str(tmp_path / "s#1"))
     assert store_url(None) == (tmp_path / "s#1").as_uri()
 

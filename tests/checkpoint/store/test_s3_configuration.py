@@ -101,6 +101,36 @@ def test_a_profile_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         open_store("s3://bucket/p?region=us-east-1")
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            "role_arn = arn:aws:iam::1:role/r\nsource_profile = plain\nmfa_serial = arn:aws:iam::1:mfa/me",
+            r"asks for a code \(Enter MFA code for arn:aws:iam::1:mfa/me\), and a run can ask nobody: log in before",
+        ),
+        ("credential_process = /bin/false --key geheim", "credential_process is '/bin/false': call it by hand"),
+        ("credential_process = /bin/echo hi", "credential_process is '/bin/echo': .* print credentials as JSON"),
+        ("credential_process = /no/such", "No such file .*credential_process is '/no/such': call it by hand"),
+    ],
+)
+def test_a_profile_that_gives_no_credentials(
+    home: Path, monkeypatch: pytest.MonkeyPatch, lines: str, words: str
+) -> None:
+    (home / "config").write_text(
+        f"[profile mine]\n{lines}\n[profile plain]\naws_access_key_id = a\naws_secret_access_key = b"
+    )
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    with pytest.raises(StoreRefused, match=words) as caught:
+        list(open_s3("s3://bucket/p?endpoint=http://127.0.0.1:1", AT_ONCE).list("runs/"))
+    assert "geheim" not in str(caught.value)
+
+
+def test_a_proxy_that_does_not_answer_is_named(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with pytest.raises(StoreUnavailable, match=r"look at HTTP_PROXY and HTTPS_PROXY .* or name the server in NO_PROXY"):
+        open_s3("s3://bucket/p?endpoint=http://192.0.2.1:9000", AT_ONCE).head(KEY)
+
+
 def test_which_region_is_taken(peer: HostileS3, keys: None, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The address's, else the environment's or the profile's; boto3 itself does not know AWS_REGION."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{peer.port}")
