@@ -33,8 +33,6 @@ from typing import Any
 
 from checkpoint import codec
 
-PHASES = ("idle", "restoring", "starting", "running", "ended")
-
 
 @dataclass
 class RankStatus:

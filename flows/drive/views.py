@@ -23,17 +23,12 @@ from trainer.spec_layouts import layout_words
 class Phase(Enum):
     """Where a run is, for people: derived anew each time, stored nowhere."""
 
-    PLANNED = "planned"
     LAUNCHING = "launching"
     WAITING = "waiting"
     STARTING = "starting"
     TRAINING = "training"
     DRAINING = "draining"
     BACKOFF = "backoff"
-    SUCCEEDED = "succeeded"
-    CANCELLED = "cancelled"
-    GAVE_UP = "gave up"
-    STOPPED = "stopped"
 
 
 # --- the nodes ----------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def test_a_kill_anywhere_ends_with_the_same_bits(place: Place, undisturbed: tupl
     if fault.place not in ("upload", "commit", "agent"):
         assert result["attempts"] > 1
     else:
-        assert result["attempts"] == 1  # a lost agent costs no attempt
+        assert result["attempts"] == 1, place.said("runs", "show", run)  # a lost agent costs no attempt
 
 
 def test_a_driver_killed_while_a_checkpoint_is_told_of_loses_nothing(

@@ -11,6 +11,8 @@ import hashlib
 import os
 import shlex
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.engine.engine_build import ROOT, build_folder
@@ -42,3 +44,13 @@ def build_program(name: str, *more: str, beside: tuple[Path, ...] = (), sanitize
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
         made.replace(target)
     return target
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """The process is killed and its streams are closed behind the block."""
+    with process:
+        try:
+            yield
+        finally:
+            process.kill()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.engine.agent_end import WAIT_S, Agent, agent_at
-from tests.engine.native import build_program
+from tests.engine.native import build_program, ended
 
 
 class Rank:
@@ -42,14 +42,8 @@ def rank(socket_path: Path) -> Iterator[Rank]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    try:
+    with ended(process):
         yield Rank(process)
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream:
-                stream.close()
 
 
 @contextmanager

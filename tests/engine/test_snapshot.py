@@ -18,7 +18,7 @@ from checkpoint.agent.slots import Slot, SlotChanged
 from checkpoint.layout import Owned, PositionLayout, RankLayout, StateSlot, round_up
 from k8s.images.static import compiler
 from tests.engine.engine_build import SOURCES
-from tests.engine.native import build_program
+from tests.engine.native import build_program, ended
 from trainer import wire
 
 PLAN, WHAT = b"p" * 32, b"w" * 32
@@ -79,14 +79,8 @@ def rank(
     command += [str(layout.slot_bytes), ",".join(map(words_of, layout.states)), *map(str, fds)]
     env = os.environ | ({"SNAPSHOT_APART": "1"} if apart else {})
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=fds, env=env)
-    try:
+    with ended(process):
         yield Rank(process)
-    finally:
-        process.kill()
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream:
-                stream.close()
 
 
 @contextmanager

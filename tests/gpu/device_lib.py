@@ -210,11 +210,6 @@ class DeviceLib:
         return size * rounds * (2 if what == "on device" else 1) / seconds.value
 
 
-def operand_bytes(lib: DeviceLib, kernel: str, dtype: int, dims: Sequence[int]) -> list[tuple[str, int]]:
-    """(role, bytes) of each operand."""
-    return [(operand.role, lib.extent(kernel, dtype, dims, i)) for i, operand in enumerate(KERNELS[kernel].operands)]
-
-
 def fill(kind: str, dtype: int, size: int, below: int, rng: np.random.Generator) -> Array:
     """Bytes of an operand that a timed kernel reads: numbers as training has them, in a tile that is repeated."""
     if kind in ("tokens", "targets"):

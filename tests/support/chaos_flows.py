@@ -39,7 +39,6 @@ from tests.support.place import LONG, ROOT, Place
 from tests.support.wait import wait_for
 
 VICTIMS = ("driver", "schedule", "server", "driver", "schedule", "driver")  # four kills are of all three
-ADOPTED_S = 15.0
 PATIENCE_S = 120.0
 SETTINGS = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "1"}
 

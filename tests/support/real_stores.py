@@ -49,8 +49,6 @@ class Server:
     command: Callable[[Path, int], list[str]]
     env: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[Path, Path, int], None] = lambda *_: None
-    makes_bucket: bool = False
-    """Whether the bucket is there from the beginning."""
     key: str = KEY
     secret: str = SECRET
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,6 @@ from tests.support.token_service import TokenService, token_service
 KEY, HINT = "runs/r/spec", "runs/r/live/x"
 AT_ONCE = Retry(attempts=2, sleep=lambda _: None, jitter=lambda: 0.0)
 ARN = "arn:aws:iam::123456789012:role/trainer"
-Configure = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)

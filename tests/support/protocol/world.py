@@ -33,9 +33,6 @@ from tests.support.protocol.others import Collector, Reader
 from tests.support.protocol.state import DATASET, OWNERS, RUN, TENSORS, plan_of, truth
 from trainer.failures import Failure
 
-RESTART_S = 0.5
-"""For a launcher to see that a process of its node is gone, and start it again."""
-
 
 class Host:
     """A node of a launch, on a machine."""

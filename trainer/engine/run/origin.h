@@ -10,7 +10,7 @@
  *
  * A report knows losses and norms, which cost nothing: the first microbatch whose loss is not finite, or else the first
  * tensor of the table whose norm is not. What was first inside of a microbatch takes a second look at the step
- * (run/steps.c), each call's results behind it: hs_origin_look. */
+ * (run/steps.c), each call's results behind it: hs_look. */
 #ifndef HS_RUN_ORIGIN_H
 #define HS_RUN_ORIGIN_H
 
