@@ -32,7 +32,7 @@ def check_names(spec: RunSpec) -> None:
                 "inside; correct it"
             )
     for key in ("image", "agent_image"):
-        _check_image(key, getattr(launch, key))
+        check_image(key, getattr(launch, key))
     for key, label in (("spread", launch.spread), *(("node_selector", name) for name in launch.node_selector)):
         if label and _LABEL_KEY.match(label) is None:
             raise LaunchRefused(
@@ -47,8 +47,9 @@ def check_names(spec: RunSpec) -> None:
         _check_toleration(f"launch.tolerations[{number}]", toleration)
 
 
-def _check_image(key: str, image: str) -> None:
-    if re.search(r"\s|://", image):
+def check_image(key: str, image: Any) -> None:
+    """LaunchRefused where ``launch.<key>`` is no name of an image."""
+    if not isinstance(image, str) or re.search(r"\s|://", image):
         raise LaunchRefused(f"launch.{key} = {shown(image)} is no image; write for example registry/name:tag")
     first, slash, rest = image.partition("@")[0].partition("/")
     path = re.sub(r":[^/:]*\Z", "", rest if slash else first)

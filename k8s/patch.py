@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from k8s.labels import ENGINE
+from k8s.names import check_image
 from k8s.quantity import amount
 from trainer.errors import LaunchRefused
 from trainer.spec_fields import shown
@@ -32,6 +33,8 @@ _CONTRACT = (
 _CONFINED = ("runAsNonRoot", "seccompProfile")
 """Of a pod's securityContext: what the engine's confinement, and Pod Security ``restricted``, rest on."""
 _NATIVE = ("cpu", "memory", "ephemeral-storage")
+_MOST = {"cpu": (10_000, "the 10000 CPUs that no machine has"), "memory": (1 << 50, "1Pi, which no machine has")}
+"""A pod that asks for more waits for ever."""
 _KEPT = ("containers", "initContainers")
 POD_FIELDS = frozenset({
     "activeDeadlineSeconds", "affinity", "automountServiceAccountToken", "containers", "dnsConfig", "dnsPolicy",
@@ -70,6 +73,12 @@ def apply_patch(pod: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, A
                         "fixes; take it out of the patch"
                     )
     _check_confined(pod["securityContext"], patched.get("securityContext"))
+    grace, least = patched.get("terminationGracePeriodSeconds"), pod["terminationGracePeriodSeconds"]
+    if not isinstance(grace, int) or grace < least:
+        raise LaunchRefused(
+            f"launch.pod_patch.terminationGracePeriodSeconds = {shown(grace)}: a pod that is asked to leave needs "
+            f"{least} s to save its state (checkpoint.commit_s and 30); write as many or more"
+        )
     _check_affinity(patched)
     volumes = {volume["name"] for volume in patched["volumes"]}
     for container in [*patched["initContainers"], *patched["containers"]]:
@@ -142,6 +151,7 @@ def _check_affinity(pod: Mapping[str, Any]) -> None:
 
 def _check_container(container: Mapping[str, Any], volumes: set[str]) -> None:
     what = f"launch.pod_patch of container {container['name']}"
+    check_image(f"pod_patch of container {container['name']}: image", container["image"])
     resources = container.get("resources")
     if resources is not None and not isinstance(resources, Mapping):
         raise LaunchRefused(f'{what}: resources {shown(resources)} is no table; write {{limits = {{cpu = "4"}}}}')
@@ -173,6 +183,9 @@ def check_quantity(said: str, key: str, value: Any) -> None:
         raise LaunchRefused(f"launch.{said}.{key} = {error}") from error
     if number < 0:
         raise LaunchRefused(f"launch.{said}.{key} = {value!r} is below 0; write for example 4, 500m, 16Gi")
+    most = _MOST.get(name)
+    if most is not None and number > most[0]:
+        raise LaunchRefused(f"launch.{said}.{key} = {shown(value)} is more than {most[1]}; correct its unit")
     if "/" in key and number.denominator != 1:
         raise LaunchRefused(f"launch.{said}.{key} = {value!r}: devices are whole; write for example 1")
 

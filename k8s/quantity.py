@@ -32,7 +32,7 @@ def amount(quantity: str) -> Fraction:
     match = _FORM.match(text) if len(text) <= _LONGEST else None
     digits = match and f"{match['whole']}{match['part'] or ''}"
     if match is None or not digits:
-        raise ValueError(f"{text[:_LONGEST]!r} is no quantity; write for example 4, 500m, 16Gi")
+        raise ValueError(f"{text[:_LONGEST]!r} is no quantity; write for example 4, 500m, 16Gi{_almost(text)}")
     value, unit = Fraction(int(digits), 10 ** len(match["part"] or "")), match["unit"]
     if unit in _BINARY:
         value = min(_rounded(value * _BINARY[unit]), Fraction(_MOST_BINARY))
@@ -43,6 +43,15 @@ def amount(quantity: str) -> Fraction:
         # beyond these digits everything rounds to the same billionth
         value = _rounded(value * Fraction(10) ** max(exponent, -2 * _LONGEST))
     return -value if match["sign"] == "-" else value
+
+
+def _almost(text: str) -> str:
+    """What somebody means who writes a unit as elsewhere (16GB, 16gib, 16 G), as the end of a message."""
+    found = re.match(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([kmgtp])(i?)b?\Z", text, re.IGNORECASE | re.ASCII)
+    if found is None:
+        return ""
+    binary = f"{found[1]}{found[2].upper()}i"
+    return f" (is {binary} meant?)" if found[3] else f" (is {binary} meant, or {binary[:-1].replace('K', 'k')}?)"
 
 
 def _rounded(value: Fraction) -> Fraction:

@@ -37,6 +37,9 @@ def test_the_fields_are_those_of_the_clients_model() -> None:
         ({"affinity": {"nodeAffinity": "x"}}, "affinity.nodeAffinity 'x' is no table"),
         ({"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": {}}}}},
          "nodeSelectorTerms {} is no list"),
+        ({"terminationGracePeriodSeconds": 0}, "GracePeriodSeconds = 0: .* needs [0-9]+ s to save its state"),
+        ({"terminationGracePeriodSeconds": "99"}, "terminationGracePeriodSeconds = '99'"),
+        ({"containers": [{"name": "engine", "image": "Bad Image"}]}, "container engine: image = .Bad Image. is no"),
         ({"hostNetwork": True}, "pod_patch sets hostNetwork, which the gang's contract fixes; take it out"),
         ({"shareProcessNamespace": True}, "pod_patch sets shareProcessNamespace, which the gang's contract fixes"),
         ({"hostname": "a"}, "pod_patch sets hostname, which the gang's contract fixes"),
@@ -61,6 +64,11 @@ def test_a_patch_that_is_not_of_a_pods_form_is_refused(patch: dict[str, Any], wo
     ("launch", "words"),
     [
         ({"resources": {"gpu": "1"}}, "launch.resources.gpu is no resource; .* GPUs nvidia.com/gpu"),
+        ({"resources": {"cpu": "1Gi"}}, "launch.resources.cpu = '1Gi' is more than the 10000 CPUs that no"),
+        (
+            {"resources": {"limits.memory": "1e30"}},
+            "launch.resources.limits.memory = '1e30' is more than 1Pi, which no",
+        ),
         ({"resources": {"limits.mem": "1Gi"}}, "launch.resources.limits.mem is no resource; there are cpu, memory"),
         ({"queue": "Bad_Queue"}, "launch.queue = 'Bad_Queue' is no object's name"),
         ({"store_secret": "My Secret"}, "launch.store_secret = 'My Secret' is no object's name"),

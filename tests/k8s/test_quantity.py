@@ -16,6 +16,22 @@ from k8s.quantity import amount, spelled
 ORACLE = json.loads((Path(__file__).parent / "quantities.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("16GB", "(is 16Gi meant, or 16G?)"),
+        ("16 g", "(is 16Gi meant, or 16G?)"),
+        ("1.5Gib", "(is 1.5Gi meant?)"),
+        ("64K", "(is 64Ki meant, or 64k?)"),
+        ("16 cores", "16Gi"),
+    ],
+)
+def test_units_as_they_are_written_elsewhere(written: str, meant: str) -> None:
+    with pytest.raises(ValueError, match="is no quantity") as caught:
+        amount(written)
+    assert str(caught.value).endswith(meant)
+
+
 def test_every_answer_of_the_api_servers_own_parser() -> None:
     for text, answer in ORACLE:
         if answer is None:
