@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from checkpoint.keys import plan_key
-from checkpoint.log import RunLog, ended_body
+from checkpoint.log import RunLog, RunState, ended_body
 from checkpoint.store import open_store
 from flows.drive.begin import prepare_run
 from flows.drive.history import avoided
 from flows.drive.launches import launch_of
 from flows.drive.loop import Driver
 from flows.drive.reconcile import Reconciler, target_of, wants_driver
-from flows.drive.run import attempt_body, fold_view, load_run, under
+from flows.drive.run import Prepared, attempt_body, fold_view, load_run, under
 from flows.drive.views import Restore, StartAttempt
 from flows.show.facts import details
 from trainer.errors import PlanError
@@ -168,9 +168,8 @@ def test_the_bits_do_not_know_of_it(place: Any) -> None:
     assert store.head(f"runs/{prepared.run}/plans/{fewer.plan.digest}")
 
 
-def test_a_machine_with_two_strikes_is_left_out_of_later_launches_only(place: Any) -> None:
-    store, prepared = place
-    log = RunLog(store, prepared.run)
+def lost_twice(log: RunLog, prepared: Prepared) -> RunState:
+    """Three attempts in launches of their own, two of them begun because machine b was gone."""
     state = log.fold()
     strike = {"class": "infra", "text": "gone", "mend": "", "step": 1, "place": "b"}
     for number, cause in ((1, None), (2, strike), (3, strike)):
@@ -182,7 +181,12 @@ def test_a_machine_with_two_strikes_is_left_out_of_later_launches_only(place: An
             cause=cause,
         )
         state = log.append("attempt", body, state)
-    view = fold_view(state)
+    return state
+
+
+def test_a_machine_with_two_strikes_is_left_out_of_later_launches_only(place: Any) -> None:
+    store, prepared = place
+    view = fold_view(lost_twice(RunLog(store, prepared.run), prepared))
     assert avoided(view, f"{prepared.run}-k2", 2) == ()
     assert avoided(view, f"{prepared.run}-k3", 2) == ("b",)
     assert avoided(view, f"{prepared.run}-k4", 2) == ("b",)
@@ -195,17 +199,7 @@ def test_machines_with_strikes_are_pardoned_where_nothing_else_is_left(place: An
     )
     store_log, cluster = RunLog(store, prepared.run), Cluster()
     prepared = replace(prepared, spec=spec)
-    state = store_log.fold()
-    strike = {"class": "infra", "text": "gone", "mend": "", "step": 1, "place": "b"}
-    for number, cause in ((1, None), (2, strike), (3, strike)):
-        body = attempt_body(
-            prepared,
-            f"{prepared.run}-k{number}",
-            {"checkpoint": None, "step": 0, "slots": None},
-            reason="x",
-            cause=cause,
-        )
-        state = store_log.append("attempt", body, state)
+    lost_twice(store_log, prepared)
     drive(store, prepared, cluster, lambda: len(store_log.fold().attempts) == 4)
     last = store_log.fold().attempts[-1]
     assert last.launch.endswith("-k4")
