@@ -295,6 +295,19 @@ def test_a_store_that_is_read_only(place: Place) -> None:
         place.stop_all()
 
 
+def test_a_work_folder_whose_disk_is_full(place: Place) -> None:
+    """Not even the mark of an agent that starts can be kept there: the command says why."""
+    tiny = place.folder / "tiny"
+    with mounted(tiny, "size=256k"):
+        with contextlib.suppress(OSError), open(tiny / "rest", "wb", buffering=0) as rest:
+            while rest.write(b"x" * 4096):
+                pass
+        os.truncate(tiny / "rest", (tiny / "rest").stat().st_size - 4 * 4096)  # the launch's own files
+        done = place.call("train", "spec.toml", "--no-prefect", "--json", "--out", str(tiny))
+        refused(done, LOST, str(tiny), "that folder's disk is full: free space, or choose another with --out")
+        place.stop_all()
+
+
 def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, undisturbed: tuple[str, str]) -> None:
     """Training goes on; the terminal says why nothing is saved; with room again the same attempt ends well."""
     _, digest = undisturbed
