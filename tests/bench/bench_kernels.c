@@ -11,6 +11,8 @@
  * Warm: the call comes right after the same call, so that what fits a cache lies there. Cold: before
  * every call a buffer of twice the last-level cache is written, so that operands come from memory.
  *
+ * Operands and workspace lie as a rank's do, in huge pages where the system gives them.
+ *
  * Operations and bytes are those of the table of kernels: every operand's extent once, twice where it
  * is read and written. Beside them stand two peaks of the same rounds, medians too, so that a kernel
  * and its peak see the same clock and the same neighbours: independent fma chains in registers, and a
@@ -24,6 +26,7 @@
 #include <unistd.h>
 
 #include "burn.h"
+#include "core/arena.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
 #include "wire/plan.h"
@@ -234,11 +237,33 @@ static bool linear_of(const char *name, call *c) {
     return false;
 }
 
+/* Whether the call has its operand i. */
+static bool has(const call *c, const hs_operand *o) {
+    return o->kind != HS_KIND_PLACES || o->role != HS_ROLE_READ || c->document;
+}
+
+/* The call's operands, in an arena as a rank's: one after the other, and a page apart. */
+static int place(const call *c, const hs_kernel_facts *facts, hs_arena *arena, hs_args *args) {
+    uint64_t at[HS_CALL_PTRS], bytes, all = 0;
+    for (int i = 0; i < facts->operand_count; i++) {
+        at[i] = all;
+        if (!has(c, &facts->operands[i])) continue;
+        if (hs_kernel_extent(c->kernel, c->dtype, c->dim, i, &bytes) != HS_OK) return -1;
+        all += (bytes + 4095) / 64 * 64;
+    }
+    hs_why why;
+    if (hs_arena_create(all, arena, &why) != HS_OK) return -1;
+    for (int i = 0; i < facts->operand_count; i++)
+        if (has(c, &facts->operands[i])) args->ptr[i] = arena->base + at[i];
+    return 0;
+}
+
 /* Operands of the sizes that the extents say, filled with small numbers that are right for every
  * role. *moved: bytes that the call reads and writes. */
-static int prepare(const call *c, hs_args *args, double *moved) {
+static int prepare(const call *c, hs_arena *arena, hs_args *args, double *moved) {
     const hs_kernel_facts *facts = hs_kernel_facts_of((uint32_t)c->kernel);
     *args = (hs_args){.dtype = c->dtype};
+    if (place(c, facts, arena, args)) return -1;
     uint64_t output = 0;
     *moved = 0;
     memcpy(args->dim, c->dim, sizeof c->dim);
@@ -246,10 +271,8 @@ static int prepare(const call *c, hs_args *args, double *moved) {
     for (int i = 0; i < facts->operand_count; i++) {
         const hs_operand *o = &facts->operands[i];
         uint64_t bytes;
-        if (o->kind == HS_KIND_PLACES && o->role == HS_ROLE_READ && !c->document) continue;
+        if (!has(c, o)) continue;
         if (hs_kernel_extent(c->kernel, c->dtype, c->dim, i, &bytes) != HS_OK) return -1;
-        args->ptr[i] = aligned_alloc(64, (bytes + 4095) / 64 * 64);
-        if (!args->ptr[i]) return -1;
         if (i == 0) output = bytes;
         const bool gathered =
             o->role == HS_ROLE_READ && !strcmp(o->name, "wte"); /* a row a token */
@@ -302,8 +325,10 @@ __attribute__((noinline)) hs_status hs_counted(uint16_t kernel, hs_kernel_ctx *c
 static int count(const char *name) {
     hs_pool *pool = NULL;
     if (hs_pool_create(1, &pool) != HS_OK) return 70;
-    const size_t bytes = hs_kernels_scratch_bytes(1);
-    hs_kernel_ctx ctx = {pool, aligned_alloc(64, bytes + 64), bytes, NULL};
+    hs_arena scratch, operands;
+    hs_why why;
+    if (hs_arena_create(hs_kernels_scratch_bytes(1), &scratch, &why) != HS_OK) return 70;
+    hs_kernel_ctx ctx = {pool, scratch.base, scratch.bytes, NULL};
     int code = name ? 64 : 0;
     for (size_t i = 0; i < sizeof small / sizeof small[0]; i++) {
         hs_args args;
@@ -312,12 +337,13 @@ static int count(const char *name) {
             puts(small[i].name);
         } else if (!strcmp(name, small[i].name)) {
             code = 70;
-            if (ctx.scratch && !prepare(&small[i], &args, &moved))
-                code = hs_counted(small[i].kernel, &ctx, &args) ? 70 : 0;
+            if (prepare(&small[i], &operands, &args, &moved)) break;
+            code = hs_counted(small[i].kernel, &ctx, &args) ? 70 : 0;
+            hs_arena_destroy(&operands);
         }
     }
     hs_pool_destroy(pool);
-    free(ctx.scratch);
+    hs_arena_destroy(&scratch);
     return code;
 }
 
@@ -330,8 +356,10 @@ int main(int argc, char **argv) {
     hs_pool *pool = NULL;
     far_memory far;
     if (hs_pool_create(threads, &pool) != HS_OK || far_open(&far)) return 70;
-    hs_kernel_ctx ctx = {pool, aligned_alloc(64, hs_kernels_scratch_bytes(threads) + 64), 0, NULL};
-    ctx.scratch_bytes = hs_kernels_scratch_bytes(threads);
+    hs_arena scratch, operands;
+    hs_why why;
+    if (hs_arena_create(hs_kernels_scratch_bytes(threads), &scratch, &why) != HS_OK) return 70;
+    hs_kernel_ctx ctx = {pool, scratch.base, scratch.bytes, NULL};
     call one;
     const bool told = argc > 3 && linear_of(argv[3], &one);
     const size_t most = told ? 1 : sizeof calls / sizeof calls[0];
@@ -341,7 +369,7 @@ int main(int argc, char **argv) {
         hs_args args;
         hs_work work;
         double moved, seconds[2][ROUNDS], fma[ROUNDS], copied[ROUNDS];
-        if (!ctx.scratch || prepare(c, &args, &moved)) return 70;
+        if (prepare(c, &operands, &args, &moved)) return 70;
         if (hs_kernel_work(c->kernel, c->dim, &work) != HS_OK) return 70;
         for (int cold = 0; cold < 2; cold++) {
             for (int r = -1; r < rounds; r++) { /* the first is not counted */
@@ -363,10 +391,10 @@ int main(int argc, char **argv) {
                2.0 * (double)(work.products + work.again) + (double)work.each, moved,
                median(fma, rounds), median(copied, rounds));
         fflush(stdout);
-        for (int k = 0; k < HS_CALL_PTRS; k++) free(args.ptr[k]);
+        hs_arena_destroy(&operands);
     }
     hs_pool_destroy(pool);
-    free(ctx.scratch);
+    hs_arena_destroy(&scratch);
     free(far.from);
     free(far.to);
     return 0;

@@ -33,7 +33,10 @@ def build(path: str, folder: Path, compiler: str = "cc") -> Path:
     for name in {"portable", path}:
         compile_one(cpu, name, f"-DHS_PATH={name}", *CPU_PATHS[name])
     compile_one(Path(__file__).with_suffix(".c"), "bench", f"-DHS_PATH={path}", *CPU_PATHS[path])
-    for name in ("core/threads", "core/status", "core/text", "core/math", "kernels/deferred", "kernels/extent"):
+    for name in (
+        *("core/arena", "core/threads", "core/status", "core/text", "core/math"),
+        *("kernels/deferred", "kernels/extent"),
+    ):
         compile_one(ENGINE / f"{name}.c", name.replace("/", "-"))
     program = folder / "bench"
     subprocess.run([compiler, "-pthread", "-o", str(program), *objects, "-lm"], check=True)

@@ -1,13 +1,14 @@
 """Each product of a step on one thread: ours, and PyTorch's (oneDNN, MKL), as parts of what a core can do.
 
 What differs: ours of NT adds a bias and a residual, of NN and TN adds to what is there, of TN in float32; PyTorch's
-writes the product alone, in bf16 where the operands are.
+writes the product alone, in bf16 where the operands are. Operands of both lie in huge pages.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from typing import Any
 from tests.bench.bench_kernels import build
 from tests.bench.peers.calibrate import Peak
 from tests.bench.peers.cases import gemms
-from tests.bench.peers.sides import ROOT, python_of
+from tests.bench.peers.sides import KEEP_MEMORY, ROOT, python_of
 from tests.bench.results import entry
 from tests.engine.kernel_lib import fastest_path
 
@@ -38,7 +39,9 @@ def gemm_rows(names: Sequence[str], rounds: int, now: Callable[[], Peak]) -> Ite
     command = [str(python_of("torch")), str(script)]
     with (
         tempfile.TemporaryDirectory(prefix="hotstage-peers-") as folder,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as torch,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **KEEP_MEMORY}
+        ) as torch,
     ):
         assert torch.stdin is not None
         assert torch.stdout is not None

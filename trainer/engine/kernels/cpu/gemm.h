@@ -9,14 +9,15 @@
  * processor's own mode for that (flush.h). Tiles, blocks of k (the f32 accumulator is carried
  * between them exactly), remainders and threads do not show in the result.
  *
- * Packing (pack.h): a worker packs A once for every block of columns. A panel of B is multiplied
- * right after it was packed; where there are more rows than a block it is kept for the others (it
- * fits PACK_B unless k is huge), else the next panel takes its place in the near caches. What will be
- * packed next, where a panel's sums go or begin, and what they are added to, is asked for from memory
- * meanwhile, a line with every k; and what a tile begins or ends with once more right before it is needed:
- * in the nearest cache nothing outlasts a tile, least of all rows that lie a multiple of 4 KiB apart. A
- * tile is finished (bias, residual, rounding) as soon as its sums are whole. Between tiles a worker does
- * slices of what waits (kernels/deferred.h), whose memory was asked for in the same way.
+ * Packing (pack.h): a worker packs A once for every block of columns. A panel of B is packed while, or right after,
+ * the one before it is multiplied; where there are more rows than a block it is kept for the others if B fits PACK_B,
+ * else two panels take turns in the near caches. With AVX-512 the loops of tiles pack a B whose columns lie side by side
+ * in memory: they have room for it. What will be packed next, where a panel's sums go or begin, and what they are added
+ * to, is asked for from memory meanwhile, a line with every k; and what a tile begins or ends with once more right
+ * before it is needed: in the nearest cache nothing outlasts a tile, least of all rows that lie a multiple of 4 KiB
+ * apart. A tile is finished (bias, residual, rounding) as soon as its sums are whole, in f32 before they leave the
+ * registers. Between tiles a worker does slices of what waits (kernels/deferred.h), whose memory was asked for in the
+ * same way.
  * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
@@ -24,8 +25,8 @@
 
 #include "core/ints.h"
 #include "core/threads.h"
-#include "kernels/cpu/ahead.h"
 #include "kernels/cpu/flush.h"
+#include "kernels/cpu/micro.h"
 #include "kernels/cpu/pack.h"
 #include "kernels/deferred.h"
 #include "kernels/kernels.h"
@@ -38,133 +39,15 @@ enum {
     PACK_A = MC * KC + 64, /* 64: panels are stored 16 wide and overlap the next */
     PACK_B = 1 << 20,
     PACK_C = MC * NC_MAX,
+    PANEL = KC * NR, /* of B */
     WORKER_FLOATS = PACK_A + PACK_B + PACK_C + 64
 };
 
-/* -------------------- micro kernel */
-
-#define ROWS_OF_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-
-/* Whether memory is asked for inside the loop of a tile: it is long enough not to feel it. */
-#define ASKS_WITHIN (HS_VEC == 2)
-
-/* How a panel's rows are added, one after the other. */
-enum { IN_TURN, ODD_FIRST, WORDS };
-#define PAIRS_HOW (HS_DOT ? WORDS : ODD_FIRST) /* as operands in pairs are */
-
-VINLINE vf v_dot(vf words_a, vf words_b, vf c) {
-#if HS_DOT
-    return _mm512_dpbf16_ps(c, (__m512bh)words_a, (__m512bh)words_b);
-#else
-    (void)words_a, (void)words_b;
-    return c;
-#endif
-}
-
-/* c[i * ldc + j] = (load ? c times shrink[j] : 0) + chain over k < kn of a[i * row + k * lda] b[k * ldb + j], i < mr,
- * j < n <= 16 nv. mr, nv, how and row are constants where this is inlined. shrink: NULL, nothing is multiplied. ask:
- * lines of memory, one of which is asked for with every k, or pair of them (all together would hold up what the
- * products read); NULL: none */
-VINLINE void micro_tile(const int mr, const int nv, const int how, int64_t kn, const float *a,
-                        const int64_t row, int64_t lda, const float *b, int64_t ldb, float *c,
-                        int64_t ldc, int64_t n, int load, const float *shrink,
-                        const char *const *ask) {
-#define ADD(x, b, c) c = how == WORDS ? v_dot(x, b, c) : v_fma(x, b, c)
-#define DECLARE(i)   vf c##i##_0 = v_zero(), c##i##_1 = v_zero();
-#define FETCH(i)                                                                                   \
-    if (i < mr) {                                                                                  \
-        c##i##_0 = v_load_n(c + i * ldc, n);                                                       \
-        if (nv > 1) c##i##_1 = v_load_n(c + i * ldc + LANES, n - LANES);                           \
-    }
-#define SHRINK(i)                                                                                  \
-    if (i < mr) {                                                                                  \
-        c##i##_0 = v_mul(c##i##_0, s0);                                                            \
-        if (nv > 1) c##i##_1 = v_mul(c##i##_1, s1);                                                \
-    }
-#define STEP(i)                                                                                    \
-    if (i < mr) {                                                                                  \
-        vf x = v_set1(a[at * lda + i * row]);                                                      \
-        ADD(x, b0, c##i##_0);                                                                      \
-        if (nv > 1) ADD(x, b1, c##i##_1);                                                          \
-    }
-#define PUT(i)                                                                                     \
-    if (i < mr) {                                                                                  \
-        v_store_n(c + i * ldc, c##i##_0, n);                                                       \
-        if (nv > 1) v_store_n(c + i * ldc + LANES, c##i##_1, n - LANES);                           \
-    }
-    const int odd = how == ODD_FIRST;
-    ROWS_OF_TILE(DECLARE)
-    if (load) {
-        ROWS_OF_TILE(FETCH)
-    }
-    if (shrink) {
-        const vf s0 = v_load(shrink), s1 = nv > 1 ? v_load(shrink + LANES) : s0;
-        ROWS_OF_TILE(SHRINK)
-        (void)s1;
-    }
-    for (int64_t k = 0; k < kn; k += 1 + odd) {
-        if (ASKS_WITHIN && ask) __builtin_prefetch(*ask++);
-        for (int at = odd; at >= 0; at--) {
-            vf b0 = v_load(b + at * ldb), b1 = nv > 1 ? v_load(b + at * ldb + LANES) : b0;
-            ROWS_OF_TILE(STEP)
-            (void)b1;
-        }
-        a += (1 + odd) * lda;
-        b += (1 + odd) * ldb;
-    }
-    /* the rows' addresses are made anew: while the loop runs there is no room for them */
-    __asm__("" : "+r"(c), "+r"(ldc));
-    ROWS_OF_TILE(PUT)
-#undef ADD
-#undef DECLARE
-#undef FETCH
-#undef SHRINK
-#undef STEP
-#undef PUT
-}
-
-typedef void (*micro_fn)(int64_t kn, const float *a, const float *b, float *c, int64_t ldc,
-                         int64_t n, int load, const char *const *ask);
-
-#define MICRO_OF(name, mr, nv, columns, how)                                                       \
-    static __attribute__((unused)) void name(int64_t kn, const float *a, const float *b, float *c, \
-                                             int64_t ldc, int64_t n, int load,                     \
-                                             const char *const *ask) {                             \
-        (void)n;                                                                                   \
-        micro_tile(mr, nv, how, kn, a, 1, mr, b, NR, c, ldc, columns, load, NULL, ask);            \
-    }
-#define MICRO(mr)                                                                                  \
-    MICRO_OF(micro_##mr##_1, mr, 1, n, IN_TURN)                                                    \
-    MICRO_OF(micro_##mr##_2, mr, NR / LANES, n, IN_TURN)                                           \
-    MICRO_OF(micro_##mr##_3, mr, NR / LANES, NR, IN_TURN)                                          \
-    MICRO_OF(pairs_##mr##_1, mr, 1, n, PAIRS_HOW)                                                  \
-    MICRO_OF(pairs_##mr##_2, mr, NR / LANES, n, PAIRS_HOW)                                         \
-    MICRO_OF(pairs_##mr##_3, mr, NR / LANES, NR, PAIRS_HOW)
-/* as many rows as a tile may have */
-#if MR > 6
-#define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
-#elif MR > 4
-#define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
-#else
-#define TILES_OF_ROWS(X) X(1) X(2) X(3) X(4)
-#endif
-TILES_OF_ROWS(MICRO)
-#undef MICRO
-#undef MICRO_OF
-
-#define BOTH(mr)                                                                                   \
-    {                                                                                              \
-        {micro_##mr##_1, micro_##mr##_2, micro_##mr##_3},                                          \
-        {pairs_##mr##_1, pairs_##mr##_2, pairs_##mr##_3},                                          \
-    },
-/* by rows, whether in pairs, and columns: at most a vector, more, all */
-static const micro_fn micro[MR + 1][2][3] = {{{NULL}, {NULL}}, TILES_OF_ROWS(BOTH)};
-#undef BOTH
-
 /* What is asked for beside a panel's tiles (ahead.h). */
 enum {
-    NEXT_A,   /* of A, what will be packed next */
-    NEXT_B,   /* of B */
+    NEXT_A, /* of A, what will be packed next */
+    NEXT_B, /* the next panel of B, packed or as it lies in memory; where columns lie side by side, */
+    END_OF_B, /* this is the last line of every k */
     SUMS,     /* what the next panel's sums begin with, or where they are made */
     OUT,      /* where the finished panel goes */
     RESIDUAL, /* what it is added to */
@@ -222,6 +105,18 @@ static __attribute__((noinline)) void finish(const place *to, const float *c, in
     BY_DTYPE(to->g->dt_out, finish_dt, to->g, c, ldc, to->i + first, m, to->j, n);
 }
 
+/* The same of f32 that nothing multiplies, for a tile itself to do; out is NULL where it is another. */
+static ending ending_of(const place *to) {
+    const gemm *g = to->g;
+    if (g->dt_out != HS_F32 || g->scale_a) return (ending){0};
+    return (ending){.out = (float *)g->out + to->i * g->ld_out + to->j,
+                    .ld = g->ld_out,
+                    .bias = g->bias ? g->bias + to->j : NULL,
+                    .res = g->res ? (const float *)g->res + to->i * g->ld_res + to->j : NULL,
+                    .ld_res = g->ld_res,
+                    .add_old = g->add_old};
+}
+
 /* -------------------- what is done beside products (kernels/deferred.h) */
 
 /* Steps of whole tiles' loops beside which an item is done: each asks for a line at most, and an item has 256. */
@@ -276,54 +171,70 @@ enum {
 };
 
 /* c[m, n] (f32, rows ldc apart), n <= NR, from A's packed panels and one of B, each kn long. next: AHEADS of what is to
- * be asked for meanwhile (kn <= KC then). whole: each tile is finished from the nearest cache and goes there (c is one
- * tile's room if nothing is loaded); NULL: it stays in c. with: what waits is done beside it */
+ * be asked for meanwhile (kn <= KC then). then: a panel of g's B that is packed meanwhile. whole: each tile is finished
+ * and goes there (c is one tile's room if nothing is loaded); NULL: it stays in c. with: what waits is done beside it */
 static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
                            const float *b, float *c, int64_t ldc, int load, ahead *next,
-                           const place *whole, beside *with) {
+                           const gemm *g, panel *then, const place *whole, beside *with) {
     const int flushes = pairs && !HS_DOT;           /* VDPBF16PS does not ask for the mode */
     const int64_t most = flushes ? kn / 2 : kn;     /* turns of a tile's loop */
     const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
     const int64_t step = whole && !load ? 0 : ldc;
     const int twice = ASKS_WITHIN && most >= ASKS_TWICE, sums = twice && step && load;
-    const gemm *g = twice && whole && whole->g->dt_out == HS_F32 ? whole->g : NULL;
+    const int outs = twice && whole && g->dt_out == HS_F32;
     int64_t far = twice ? most - LATE : most; /* turns for what is asked for the first time */
     const int64_t at_sums = sums ? far -= LAST : 0;
-    const int64_t at_out = g ? far -= LAST : 0; /* of bf16 a row is a line: nothing was gained */
-    const char *res = g ? g->res : NULL;
+    const int64_t at_out = outs ? far -= LAST : 0; /* of bf16 a row is a line: nothing was gained */
+    const char *res = outs ? g->res : NULL;
     const int64_t at_res = res ? far -= LAST : 0;
-    const char *list[KC + ASKS_AT_ONCE];
-    for (int64_t i = 0; ASKS_WITHIN && i < most; i++)
-        list[i] = (const char *)b; /* where there is no other */
+    ending end = whole && !pairs ? ending_of(whole) : (ending){0};
+    const int ends = end.out != NULL;
     flush_mode before = flushes ? flush_begin() : 0;
     for (int64_t i = 0, mr; i < m; i += mr) {
-        int64_t asks = 0;
         float *tile = c + i * step;
         mr = rows_of_tile(m - i);
         for (int64_t r = i + soon; step && !sums && r < hs_min(i + soon + MR, m); r++) {
             __builtin_prefetch(c + r * ldc, 1);
             __builtin_prefetch(c + r * ldc + n - 1, 1);
         }
+        asks near;
+        near.count = near.turns = 0;
         for (int what = 0; what < AHEADS; what++)
-            if (next[what].runs) asks = ask_for(next + what, list, asks, far);
+            if (next[what].runs) ask_for(next + what, &near, far, MOST_ASKS - 10);
         for (int what = 0; what < HS_DEFERRED_READS && with->slice.call; what++)
-            if (with->reads[what].runs) asks = ask_for(with->reads + what, list, asks, far);
-        if (sums) ask_last(list + at_sums, (const char *)(tile + mr * ldc), ldc * 4, n * 4);
+            if (with->reads[what].runs) ask_for(with->reads + what, &near, far, MOST_ASKS - 10);
+        if (at_res)
+            ask_rows(&near, at_res, (const char *)b,
+                     res + ((whole->i + i) * g->ld_res + whole->j) * 4, g->ld_res * 4, n * 4);
         if (at_out)
-            ask_last(list + at_out,
+            ask_rows(&near, at_out, (const char *)b,
                      (const char *)g->out + ((whole->i + i) * g->ld_out + whole->j) * 4,
                      g->ld_out * 4, n * 4);
-        if (at_res)
-            ask_last(list + at_res, res + ((whole->i + i) * g->ld_res + whole->j) * 4,
-                     g->ld_res * 4, n * 4);
-        micro[mr][pairs][n == NR ? 2 : n > LANES](kn, a + i * kn, b, tile, ldc, n, load, list);
-        if (!whole && !with->slice.call) continue;
+        if (sums)
+            ask_rows(&near, at_sums, (const char *)b, (const char *)(tile + mr * ldc), ldc * 4,
+                     n * 4);
+        units packs =
+            ASKS_WITHIN && mr == MR && n == NR ? units_of(then, &g->b, pairs, i, m) : (units){0};
+        while (ASKS_WITHIN && near.turns < most) { /* as many asks as there are units */
+            const int64_t rest = most - near.turns, missing = packs.count - near.count;
+            const int parted = missing > 1 && near.count + 1 < MOST_ASKS;
+            ask_add(&near, (const char *)b, 0,
+                    parted ? hs_min(rest, hs_max(8, rest / missing)) : rest);
+        }
+        packs.count = hs_min(packs.count, near.count);
+        then->done += packs.count * unit_of_k(pairs);
+        micro[mr][pairs][n == NR ? 2 : n > LANES](kn, a + i * kn, b, tile, ldc, n, load, near.list,
+                                                  &packs, ends ? &end : NULL);
+        if (ends) end.out += mr * end.ld;
+        if (end.res) end.res += mr * end.ld_res;
+        if ((!whole || ends) && !with->slice.call) continue;
         if (flushes) flush_end(before);
-        if (whole) finish(whole, tile, ldc, i, mr, n);
+        if (whole && !ends) finish(whole, tile, ldc, i, mr, n);
         beside_tile(with, most * mr / MR * (n > LANES ? 2 : 1) / 2);
         if (flushes) before = flush_begin();
     }
     if (flushes) flush_end(before);
+    pack_rest(then, &g->b, g->n, pairs);
 }
 
 /* -------------------- driver */
@@ -335,16 +246,6 @@ typedef struct gemm_job {
     int64_t each_m, each_n;   /* what one of them does, whole tiles */
 } gemm_job;
 
-/* Rows [i, i + m) of a side and k in [k, k + kn), as they lie in memory, over so many tiles. Where all of a
- * tile's lines are asked for at once, only those that the processor does not foresee are. */
-static ahead ahead_of(const side *s, int64_t i, int64_t m, int64_t k, int64_t kn, int64_t tiles) {
-    const int64_t size = side_size(s->dt);
-    if (!ASKS_WITHIN && s->col == 1) return (ahead){0};
-    const char *at = (const char *)s->p + (i * s->row + k * s->col) * size;
-    if (s->col == 1) return spread(at, s->row * size, m, kn * size, tiles);
-    return s->row == 1 ? spread(at, s->col * size, kn, m * size, tiles) : (ahead){0};
-}
-
 /* Of k that is packed at once. */
 static int64_t block_of_k(const gemm *g, int pairs) {
     const int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, pairs && HS_DOT ? 2 * KC : KC));
@@ -354,21 +255,25 @@ static int64_t block_of_k(const gemm *g, int pairs) {
 /* Columns [j0, j0 + n) of rows [i0, i1). */
 static void gemm_columns(const gemm *g, float *scratch, beside *with, int64_t i0, int64_t i1,
                          int64_t j0, int64_t n) {
-    float *pa = scratch, *pb = pa + PACK_A, *pc = pb + PACK_B;
+    float *pa = scratch, *pb = pa + PACK_A;
     int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old && !g->scale_a;
     const int pairs = in_pairs(&g->a, &g->b);
     const int64_t kc = block_of_k(g, pairs), packed_k = packed_length(g->k, pairs);
     const int64_t size_out = dt_size(g->dt_out);
     int64_t wide = hs_ceil_div(n, NR) * NR;
-    int keep_b = i1 - i0 > MC && wide * packed_k <= PACK_B;
+    int keep_b = i1 - i0 > MC && wide * packed_k <= PACK_B && (g->k <= kc || wide <= NC_MAX);
+    float *pc = pb + (keep_b ? PACK_B : 2 * PANEL);
     int64_t row_blocks = hs_ceil_div(i1 - i0, MC);
     int64_t mc = hs_ceil_div(hs_ceil_div(i1 - i0, row_blocks), MR) * MR;
+    const int within = packs_within(&g->b, g->k, pairs);
+    panel now = {pb, j0, hs_min(NR, n), 0, hs_min(kc, g->k), 0, 0};
+    pack_rest(&now, &g->b, g->n, pairs);
     for (int64_t i = i0; i < i1; i += mc) {
         int64_t m = hs_min(mc, i1 - i), tiles = hs_ceil_div(m, MR);
         for (int64_t k = 0; k < g->k; k += kc) {
             int64_t kn = hs_min(kc, g->k - k);
             const int64_t length = packed_length(kn, pairs);
-            const int pack = !keep_b || i == i0, last = k + kn == g->k;
+            const int last = k + kn == g->k;
             ahead next[AHEADS] = {{0}};
             if (ASKS_WITHIN && !last)
                 next[NEXT_A] =
@@ -377,19 +282,33 @@ static void gemm_columns(const gemm *g, float *scratch, beside *with, int64_t i0
                 next[NEXT_A] = ahead_of(&g->a, i + mc, hs_min(mc, i1 - i - mc), 0, hs_min(kc, g->k),
                                         tiles * wide / NR);
             pack_a_as(pa, &g->a, i, m, g->m, k, kn, pairs);
-            /* a panel is multiplied right after it was packed: from the near caches */
             for (int64_t j = 0; j < n; j += NR) {
                 const int64_t nn = hs_min(NR, n - j), left = hs_min(NR, n - j - NR);
-                float *b = keep_b ? pb + wide * packed_length(k, pairs) + j * length : pb;
+                const float *b = now.to;
                 float *c = direct ? (float *)g->out + i * g->ld_out + j0 + j
                                   : pc + (g->k > kc ? j * mc : 0);
                 const place whole = {g, i, j0 + j};
                 int64_t ldc = direct ? g->ld_out : NR;
-                if (pack) pack_b_as(b, &g->b, j0 + j, nn, g->n, k, kn, pairs);
-                if (left > 0 && (ASKS_WITHIN || pack))
-                    next[NEXT_B] = pack ? ahead_of(&g->b, j0 + j + NR, left, k, kn, tiles)
-                                        : spread((const char *)(b + NR * length), 0, 1,
-                                                 NR * length * 4, tiles);
+                /* the panel after this one */
+                const int64_t then_j = left > 0 ? j + NR : 0;
+                const int64_t then_k = left > 0 ? k : last ? 0 : k + kn;
+                const int64_t then_i = left > 0 || !last ? i : i + mc;
+                const int ready = (keep_b && then_i > i0) || then_i >= i1;
+                panel then = {.j = j0 + then_j,
+                              .n = hs_min(NR, n - then_j),
+                              .k = then_k,
+                              .kn = hs_min(kc, g->k - then_k)};
+                const int64_t then_length = packed_length(then.kn, pairs);
+                then.to = keep_b ? pb + wide * packed_length(then_k, pairs) + then_j * then_length
+                          : b == pb ? pb + PANEL
+                                    : pb;
+                then.done = ready ? then.kn : 0;
+                then.within = within && then.n == NR && !ready;
+                next[NEXT_B] = next[END_OF_B] = (ahead){0};
+                if (!ready)
+                    ask_for_panel(&then, &g->b, tiles, next + NEXT_B, next + END_OF_B);
+                else if (then_i < i1)
+                    next[NEXT_B] = spread((const char *)then.to, 0, 1, NR * then_length * 4, tiles);
                 /* LINE: where a row does not begin with a line, this panel asked for the first one of the next */
                 if (ASKS_WITHIN && direct && left > 0)
                     next[SUMS] = spread((const char *)(c + NR) + LINE, ldc * 4, m, left * 4, tiles);
@@ -405,8 +324,9 @@ static void gemm_columns(const gemm *g, float *scratch, beside *with, int64_t i0
                     next[RESIDUAL] =
                         spread((const char *)g->res + (i * g->ld_res + j0 + j) * size_out,
                                g->ld_res * size_out, m, nn * size_out, tiles);
-                multiply_panel(m, nn, length, pairs, pa, b, c, ldc, k > 0 || g->from_old, next,
-                               !direct && last ? &whole : NULL, with);
+                multiply_panel(m, nn, length, pairs, pa, b, c, ldc, k > 0 || g->from_old, next, g,
+                               &then, !direct && last ? &whole : NULL, with);
+                now = then;
             }
         }
     }
@@ -424,9 +344,13 @@ static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
         int64_t i1 = hs_min(g->m, i0 + job->each_m), j1 = hs_min(g->n, j0 + job->each_n);
         if (i0 >= i1 || j0 >= j1) continue;
         /* as many columns at once as keep B packed across the blocks of rows, 256 at least; all where no
-         * panel is come back to */
+         * panel is come back to, or packing it again costs next to nothing, if there is room for their sums */
         int64_t nc = hs_min(NC_MAX, hs_max(256, PACK_B / hs_max(1, packed_k) / NR * NR));
-        if (i1 - i0 <= MC) nc = block_of_k(g, pairs) < g->k ? NC_MAX : j1 - j0;
+        if (packs_within(&g->b, g->k, pairs))
+            nc = block_of_k(g, pairs) < g->k ? (PACK_B + PACK_C - 2 * PANEL) / MC / NR * NR
+                                             : j1 - j0;
+        else if (i1 - i0 <= MC)
+            nc = block_of_k(g, pairs) < g->k ? NC_MAX : j1 - j0;
         nc = hs_ceil_div(hs_ceil_div(j1 - j0, hs_ceil_div(j1 - j0, nc)), NR) * NR;
         for (int64_t j = j0; j < j1; j += nc)
             gemm_columns(g, scratch, &with, i0, i1, j, hs_min(nc, j1 - j));

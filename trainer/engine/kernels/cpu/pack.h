@@ -354,7 +354,8 @@ static int64_t rows_of_tile(int64_t left) {
     return left > MR && left < 2 * MR ? (left + 1) / 2 : hs_min(MR, left);
 }
 
-enum { K_AT_ONCE = 16 };
+/* Rows of a packed panel in one go: with more of them, 12 KiB apart, the nearest cache has no room for their lines. */
+enum { ROWS_AT_ONCE = 8 };
 
 /* Of an A whose rows lie side by side in memory, kn being even where words are made: some k at a time, so that a line
  * is still in the nearest cache when the next panel reads on in it. What spills behind a panel would hit the next one. */
@@ -362,18 +363,19 @@ VINLINE void pack_a_rows(float *dst, const side *a, int64_t i0, int64_t m, int64
                          int64_t kn, int pairs, int dt) {
     const int64_t words = pairs && HS_DOT, each = 1 + words, length = packed_length(kn, pairs);
     const char *base = (const char *)a->p + (i0 + k0 * a->col) * side_size(dt);
-    for (int64_t k = 0; k < kn; k += K_AT_ONCE) {
-        const int64_t end = hs_min(kn, k + K_AT_ONCE);
+    for (int64_t k = 0; k < kn; k += ROWS_AT_ONCE * each) {
+        const int64_t end = hs_min(kn, k + ROWS_AT_ONCE * each);
         for (int64_t i = 0, n; i < m; i += n) {
             n = rows_of_tile(m - i);
             const int64_t take = n < LANES && i0 + i + LANES <= rows ? LANES : n;
             float *panel = dst + i * length + k / each * n;
+            const float *spills = dst + (i + n) * length - LANES + 1; /* over the panel's end */
             for (int64_t at = k; at < end; at += each, panel += n) {
                 vf x = side_load_n(base, at * a->col + i, take, dt);
 #if HS_DOT
                 if (words) x = words_of(x, side_load_n(base, (at + 1) * a->col + i, take, dt));
 #endif
-                if ((kn - at) / each * n >= LANES)
+                if (panel < spills)
                     v_store(panel, x);
                 else
                     v_store_n(panel, x, n);

@@ -175,7 +175,7 @@ typedef void (*tile_fn)(int64_t kn, const float *a, int64_t lda, const float *b,
     static void name(int64_t kn, const float *a, int64_t lda, const float *b, int64_t ldb,         \
                      float *c, int64_t ldc, int load, const float *shrink) {                       \
         micro_tile(mr, nv, how, kn, a, row, (row) > 1 ? 1 : lda, b, ldb, c, ldc, (nv) * LANES,     \
-                   load, shrink, NULL);                                                            \
+                   load, shrink, NULL, NULL, NULL);                                                \
     }
 #define TILE(mr)                                                                                   \
     TILE_OF(tile_##mr##_1, mr, 1, IN_TURN, 1)                                                      \
