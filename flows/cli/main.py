@@ -35,7 +35,7 @@ Exit codes of train, runs resume and demo:
   86  stalled
   87  loss or gradient norm became not finite
   88  a machine computes or remembers wrongly, or its GPU failed, and no other machine is left
- 129  the terminal was closed while a run was driven; the run goes on by itself
+ 129  the terminal was closed; a run that works goes on by itself
  130  left at once by a second Ctrl-C (143: SIGTERM); what runs goes on by itself
 """
 

@@ -6,8 +6,8 @@ what is in the store. While a local run is driven, the first signal has the gang
 terminal a second Ctrl-C within ``SECOND_S`` comes before that: the command leaves and the run goes on by itself. Later
 a second signal leaves at once too; the gang saves and ends by itself then. A gang on a cluster trains on, whatever the
 command does: the first signal detaches from it, a second one leaves at once. Where the terminal closes nobody asked for
-the run's end: the command leaves at once, tells Prefect's page, and the run goes on by itself. A SIGHUP that is ignored
-(``nohup``) stays so.
+the run's end: the command leaves at once, tells Prefect's page, and a run that works goes on by itself. A SIGHUP that
+is ignored (``nohup``) stays so.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class Signals:
             worker.join(_LOOK_S)
             with self._lock:
                 driving = self._driving
-            if not driving and self._asked:
-                leave(EXIT_STOPPED, _PREPARING, self.say)
             if signal.SIGHUP in self._asked:
                 self._hung_up()
+            if not driving and self._asked:
+                leave(EXIT_STOPPED, _PREPARING, self.say)
             if len(self._asked) > 1 and seen >= 1:
                 self._second()
             elif self._asked and not seen:
@@ -99,10 +99,10 @@ class Signals:
                     self.stop.set()
             elif seen and not self.stop.is_set() and time.monotonic() - first_at >= SECOND_S:
                 self.stop.set()
-        if errors and self._asked and not self._driving:
-            leave(EXIT_STOPPED, _PREPARING, self.say)
         if errors and signal.SIGHUP in self._asked:  # it could not say what it did any more
             self._hung_up()
+        if errors and self._asked and not self._driving:
+            leave(EXIT_STOPPED, _PREPARING, self.say)
         for number in heard():
             signal.signal(number, signal.SIG_IGN)  # it is over: what is to be said is said whole
         if errors:
@@ -110,7 +110,7 @@ class Signals:
         return result[0]
 
     def _hung_up(self) -> None:
-        leave(EXIT_HUNG_UP, f"the terminal closed: {self._goes_on()}", self.say)
+        leave(EXIT_HUNG_UP, f"the terminal closed: {self._goes_on() if self._driving else _PREPARING}", self.say)
 
     def _goes_on(self) -> str:
         saves = self.stop.is_set() and not self.detaches

@@ -125,8 +125,7 @@ static int64_t save(const rank *r, int64_t step, int *slot) {
     hs_why why;
     bool any;
     const int64_t begin = hs_clock_ns();
-    must(hs_snapshot_claim(r->snapshot) &&
-             hs_snapshot_begin(r->snapshot, &what, 0, NULL, &why) == HS_OK &&
+    must(hs_snapshot_claim(r->snapshot) && hs_snapshot_begin(r->snapshot, &what, &why) == HS_OK &&
              hs_snapshot_take(r->snapshot, &any, &done, &why) == HS_OK && any,
          "save");
     const int64_t took = hs_clock_ns() - begin;

@@ -167,12 +167,12 @@ static void serve(hs_snapshot *snapshot) {
             answer(HS_OK, walk((uint32_t)a, 0), &why);
         } else if (strcmp(word, "fill") == 0) {
             const hs_snapshot_done what = {.step = a, .final = b == 1, .persist = b != 0};
-            hs_status st = hs_snapshot_begin(snapshot, &what, 0, NULL, &why);
+            hs_status st = hs_snapshot_begin(snapshot, &what, &why);
             if (st == HS_OK) st = take(snapshot, &slot, &why);
             answer(st, slot, &why);
         } else if (strcmp(word, "begin") == 0) {
             const hs_snapshot_done what = {.step = a, .final = b == 1, .persist = b != 0};
-            answer(hs_snapshot_begin(snapshot, &what, 0, NULL, &why), a, &why);
+            answer(hs_snapshot_begin(snapshot, &what, &why), a, &why);
         } else if (strcmp(word, "let") == 0 || strcmp(word, "fail") == 0) {
             device_answers(word[0] == 'l');
             answer(HS_OK, 0, &why);

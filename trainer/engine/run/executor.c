@@ -1,6 +1,7 @@
 #include "run/executor.h"
 
 #include <inttypes.h>
+#include <poll.h>
 #include <string.h>
 
 #include "core/clock.h"
@@ -9,6 +10,8 @@
 #include "run/plan_data.h"
 #include "run/step_math.h"
 #include "run/weights.h"
+
+enum { SLOT_POLL_MS = 5 };
 
 int64_t hs_executor_last_step(const hs_executor *ex) {
     const int64_t steps = hs_step_total(ex->plan->config, ex->amendments);
@@ -218,26 +221,45 @@ hs_status hs_executor_finish_saving(hs_executor *ex, int64_t deadline_ns, hs_why
     return tell_saved(ex, why);
 }
 
+/* Of the last state, for which there may be no slot yet: the agent reads them all. Where that agent has died, the
+ * next one hears from here which slots there are, and lets go of them. HS_E_AGAIN: not in time. */
+static hs_status wait_for_slot(hs_executor *ex, int64_t deadline_ns, hs_why *why) {
+    while (!hs_snapshot_claim(ex->snapshot)) {
+        if (hs_stop_lost(ex->stop))
+            return hs_fail(why, HS_E_LOST,
+                           "a peer was lost while this rank waited for a snapshot slot");
+        if (hs_clock_ns() >= deadline_ns) return HS_E_AGAIN;
+        hs_agent_link_poll(ex->agent);
+        (void)poll(NULL, 0, SLOT_POLL_MS); /* shared memory cannot wake us */
+    }
+    return HS_OK;
+}
+
 hs_status hs_executor_save(hs_executor *ex, bool final, hs_why *why) {
     const hs_snapshot_done what = {
         .step = ex->step, .final = final, .persist = final || ex->control.persist};
-    const int64_t ms = ex->attempt->commit_ms, deadline_ns = final ? hs_deadline_ns(ms) : 0;
     hs_spaces_settle(ex->spaces, 0, ex->spaces->bytes);
+    if (final) {
+        const int64_t ms = ex->attempt->commit_ms, deadline_ns = hs_deadline_ns(ms);
+        hs_status st = hs_executor_finish_saving(ex, deadline_ns, why);
+        if (st == HS_OK) st = wait_for_slot(ex, deadline_ns, why);
+        if (st == HS_E_AGAIN) {
+            why->text[0] = 0;
+            return hs_fail(why, HS_E_LOST,
+                           "no snapshot slot became free in %" PRId64
+                           " ms for the last state (step %" PRId64
+                           "): is the agent or the store gone?",
+                           ms, ex->step);
+        }
+        HS_TRY(st);
+    }
     hs_stop_busy(ex->stop, true);
-    hs_status st = final ? hs_executor_finish_saving(ex, deadline_ns, why) : HS_OK;
-    if (st == HS_OK) st = hs_snapshot_begin(ex->snapshot, &what, deadline_ns, ex->stop, why);
+    const hs_status st = hs_snapshot_begin(ex->snapshot, &what, why);
     hs_stop_busy(ex->stop, false);
-    if (st == HS_E_AGAIN && !final) {
+    if (st == HS_E_AGAIN) {
         return hs_fail(why, HS_E_BUG,
                        "the gang saves step %" PRId64 ", and this rank has claimed no slot for it",
                        ex->step);
-    }
-    if (st == HS_E_AGAIN) {
-        why->text[0] = 0;
-        return hs_fail(why, HS_E_LOST,
-                       "no snapshot slot became free in %" PRId64
-                       " ms for the last state (step %" PRId64 "): is the agent or the store gone?",
-                       ms, ex->step);
     }
     return st == HS_OK ? tell_saved(ex, why) : st;
 }

@@ -8,7 +8,7 @@
 #include "core/stop.h"
 #include "snapshot/snapshot_internal.h"
 
-enum { HOLD_POLL_MS = 5, SUM_THREADS = 4 };
+enum { SUM_THREADS = 4 };
 
 /* gcc's thread sanitizer knows no fences (and refuses to compile them). */
 static void fence(void) {
@@ -52,21 +52,6 @@ bool hs_snapshot_claim(hs_snapshot *s) {
 void hs_snapshot_unclaim(hs_snapshot *s) {
     if (s->claimed >= 0) hs_snapshot_store(&hs_snapshot_header(s, s->claimed)->claim, 0);
     s->claimed = -1;
-}
-
-static hs_status wait_for_slot(hs_snapshot *s, int64_t deadline_ns, struct hs_stop *stop,
-                               hs_why *why) {
-    while (!hs_snapshot_claim(s)) {
-        if (hs_stop_lost(stop))
-            return hs_fail(why, HS_E_LOST,
-                           "a peer was lost while this rank waited for a snapshot slot");
-        if (hs_clock_ns() >= deadline_ns)
-            return hs_fail(why, HS_E_AGAIN,
-                           "none of the %d snapshot slots is free: the agent still reads them",
-                           s->count);
-        (void)poll(NULL, 0, HOLD_POLL_MS); /* shared memory cannot wake us */
-    }
-    return HS_OK;
 }
 
 /* I4: from here on the claimed slot is nobody's to read. Returns which it is. */
@@ -192,12 +177,14 @@ static hs_status copy_pieces(const hs_snapshot *s, int slot, hs_why *why) {
     return s->device.copied(s->device.ctx, true, why);
 }
 
-hs_status hs_snapshot_begin(hs_snapshot *s, const hs_snapshot_done *what, int64_t deadline_ns,
-                            struct hs_stop *stop, hs_why *why) {
+hs_status hs_snapshot_begin(hs_snapshot *s, const hs_snapshot_done *what, hs_why *why) {
     HS_ASSERT(!s->under_way);
     const int64_t begin_ns = hs_clock_ns();
     if (s->count == 0) return hs_fail(why, HS_E_AGAIN, "this rank has no snapshot slots");
-    HS_TRY(wait_for_slot(s, deadline_ns, stop, why));
+    if (!hs_snapshot_claim(s))
+        return hs_fail(why, HS_E_AGAIN,
+                       "none of the %d snapshot slots is free: the agent still reads them",
+                       s->count);
     const int slot = open_slot(s);
     s->under_way = true;
     s->fill.what = *what;

@@ -100,11 +100,9 @@ typedef struct hs_snapshot_done {
     bool final, persist; /* of the attempt the last; to be stored */
 } hs_snapshot_done;
 
-/* Begins to copy the state of `what->step` done steps into the claimed slot. Where none is claimed it waits for
- * the agent to let go of one until deadline_ns (hs_clock_ns; 0: does not wait), then HS_E_AGAIN. hs_stop_lost
- * ends that wait with HS_E_LOST. No fill may be under way. */
-hs_status hs_snapshot_begin(hs_snapshot *snapshot, const hs_snapshot_done *what,
-                            int64_t deadline_ns, struct hs_stop *stop, hs_why *why);
+/* Begins to copy the state of `what->step` done steps into the claimed slot. Where none is claimed it claims one:
+ * HS_E_AGAIN where the agent holds them all. No fill may be under way. */
+hs_status hs_snapshot_begin(hs_snapshot *snapshot, const hs_snapshot_done *what, hs_why *why);
 
 /* Whether the fill that is under way is READY, and what it is; never blocks. What failed in it: the
  * device's status. */
