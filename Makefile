@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml $(PACKAGES) $(ENGINE_SOURCES) | $(VENV)/bin/python
 demo: setup ## the main job end to end: prepare, train on two stages, lose a rank, recover, prove, export, report
 	$(BIN)/hotstage demo
 
-test: setup ## the tests, at most 9 minutes on 2 cores (the first time some more: it builds what they need)
+test: setup ## the tests, at most 10 minutes on 2 cores (the first time some more: it builds what they need)
 	$(BIN)/python -m tests.support.parts
 	$(RUN_TESTS) -m "not slow and not cluster and not browser"
 
