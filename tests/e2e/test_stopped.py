@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.answers import STOPPED, stopped_after
+from tests.support.chaos import frozen
 from tests.support.place import LONG_STEPS, Done, Place, finish
 from tests.support.wait import wait_for
 
@@ -207,10 +208,11 @@ def test_a_terminal_that_closes_takes_its_command_and_not_the_run(
     run, digest = undisturbed
     first = terminal(*TRAIN)
     wait_for(lambda: any(place.run_folder(run).glob("live/*/metrics/*")), "a step", 60)
-    second = terminal(*TRAIN)
-    second.read_until(run.encode())
-    assert second.close() == 128 + signal.SIGHUP
-    assert first.process.poll() is None
-    assert first.close() == 128 + signal.SIGHUP
+    with frozen(place.folder / "out", 0):  # the run cannot end meanwhile
+        second = terminal(*TRAIN)
+        second.read_until(run.encode())
+        assert second.close() == 128 + signal.SIGHUP
+        assert first.process.poll() is None
+        assert first.close() == 128 + signal.SIGHUP
     result = place.train()
     assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest)
