@@ -80,12 +80,7 @@ class Signals:
         seen, first_at = 0, 0.0
         while worker.is_alive():
             worker.join(_LOOK_S)
-            with self._lock:
-                driving = self._driving
-            if signal.SIGHUP in self._asked:
-                self._hung_up()
-            if not driving and self._asked:
-                leave(EXIT_STOPPED, _PREPARING, self.say)
+            self._leave_where_it_ends()
             if len(self._asked) > 1 and seen >= 1:
                 self._second()
             elif self._asked and not seen:
@@ -99,18 +94,22 @@ class Signals:
                     self.stop.set()
             elif seen and not self.stop.is_set() and time.monotonic() - first_at >= SECOND_S:
                 self.stop.set()
-        if errors and signal.SIGHUP in self._asked:  # it could not say what it did any more
-            self._hung_up()
-        if errors and self._asked and not self._driving:
-            leave(EXIT_STOPPED, _PREPARING, self.say)
+        if errors:  # of a closed terminal: it could not say what it did any more
+            self._leave_where_it_ends()
         for number in heard():
             signal.signal(number, signal.SIG_IGN)  # it is over: what is to be said is said whole
         if errors:
             raise errors[0]
         return result[0]
 
-    def _hung_up(self) -> None:
-        leave(EXIT_HUNG_UP, f"the terminal closed: {self._goes_on() if self._driving else _PREPARING}", self.say)
+    def _leave_where_it_ends(self) -> None:
+        """A closed terminal ends the command, and so does any signal while something is prepared."""
+        with self._lock:
+            driving = self._driving
+        if signal.SIGHUP in self._asked:
+            leave(EXIT_HUNG_UP, f"the terminal closed: {self._goes_on() if driving else _PREPARING}", self.say)
+        if not driving and self._asked:
+            leave(EXIT_STOPPED, _PREPARING, self.say)
 
     def _goes_on(self) -> str:
         saves = self.stop.is_set() and not self.detaches

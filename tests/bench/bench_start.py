@@ -13,7 +13,8 @@ from typing import Any
 
 from tests.bench.peers.cases import START, Training
 from tests.bench.results import entry
-from tests.e2e.engine_runs import train
+from tests.e2e.engine_runs import DEADLINE_S, train
+from tests.support.wait import wait_for
 from trainer.cores import usable_cpus
 
 START_BYTES = 4 << 30
@@ -42,8 +43,11 @@ def start_of_ours(training: Training, threads: int) -> float:
         touch_memory()
         began = time.monotonic()
         gang = beside.submit(train, plan, folder / "data", folder / "run", dump=False)
-        while not gang.done() and not (said.exists() and b'"event":"end"' in said.read_bytes()):
-            time.sleep(0.001)
+
+        def over() -> bool:
+            return gang.done() or (said.exists() and b'"event":"end"' in said.read_bytes())
+
+        wait_for(over, "the engine's end", DEADLINE_S, 0.001)
         took = time.monotonic() - began
         gang.result()
         return took

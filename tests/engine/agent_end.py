@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from checkpoint.agent.link import Link, Message, Peer
+from tests.e2e import engine_runs
 from tests.engine.native import build_program
 from trainer import wire
+from trainer.plan.compiled import Plan
 
 WAIT_S = 20.0
 
@@ -96,6 +98,14 @@ def agent_at(path: Path) -> Iterator[Agent]:
         yield agent
     finally:
         agent.close()
+
+
+def only_rank(engine: Path, plan: Plan, folder: Path) -> list[str | Path]:
+    """The command of a plan's only rank, under the agent at ``folder/agent.sock``; its data lie in ``folder/data``."""
+    (folder / "plan").write_bytes(plan.to_bytes())
+    (folder / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], folder / "data", folder))
+    command = [engine, "rank", "--plan", folder / "plan", "--attempt", folder / "attempt", "--rank", "0"]
+    return [*command, "--agent", folder / "agent.sock"]
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from checkpoint.agent.slots import Slot
 from checkpoint.layout import read_plan
-from tests.e2e import engine_runs
-from tests.engine.agent_end import WAIT_S, agent_at
+from tests.engine.agent_end import WAIT_S, agent_at, only_rank
 from tests.engine.engine_build import engine
 from tests.engine.plans import small_plan
 
@@ -21,15 +20,13 @@ __all__ = ["engine"]
 
 def test_a_rank_that_waits_for_a_slot_greets_the_next_agent(engine: Path, tmp_path: Path) -> None:
     plan = small_plan(tmp_path, steps=1, every=1)
-    (tmp_path / "plan").write_bytes(plan.to_bytes())
-    (tmp_path / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], tmp_path / "data", tmp_path))
-    command = [engine, "rank", "--plan", tmp_path / "plan", "--attempt", tmp_path / "attempt", "--rank", "0"]
+    command = only_rank(engine, plan, tmp_path)
     layout = read_plan(plan.to_bytes())
     slot = Slot.create(layout.rank(0), layout.digest, layout.what_digest)
     slot._header.hold = 1
     path = tmp_path / "agent.sock"
     with agent_at(path) as first:
-        process = subprocess.Popen([*command, "--agent", path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             first.tell("SLOTS", rank=0, a=1, b=-1, fds=(slot.fd,))
             first.until(lambda: "start" in [json.loads(m.payload)["event"] for m in first.of("METRICS")], "the start")

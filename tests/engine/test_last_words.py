@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e import engine_runs
-from tests.engine.agent_end import WAIT_S, Agent, agent_at
+from tests.engine.agent_end import WAIT_S, Agent, agent_at, only_rank
 from tests.engine.engine_build import engine
 from tests.engine.plans import small_plan
 from trainer import wire
@@ -25,13 +24,9 @@ __all__ = ["engine"]
 def running(engine: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Agent]]:
     """A rank in the middle of a training that does not end, alone, so that it waits for nobody; and its agent."""
     plan = small_plan(tmp_path, steps=1 << 30)
-    (tmp_path / "plan").write_bytes(plan.to_bytes())
-    (tmp_path / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], tmp_path / "data", tmp_path))
-    command = [engine, "rank", "--plan", tmp_path / "plan", "--attempt", tmp_path / "attempt", "--rank", "0"]
+    command = only_rank(engine, plan, tmp_path)
     with agent_at(tmp_path / "agent.sock") as agent:
-        process = subprocess.Popen(
-            [*command, "--agent", tmp_path / "agent.sock"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             agent.tell("SLOTS", rank=0, a=0, b=-1)
             agent.until(lambda: len(agent.of("METRICS")) > 5, "the first steps")
@@ -75,11 +70,9 @@ def test_a_rank_that_aborts_says_so(running: tuple[subprocess.Popen[str], Agent]
 def test_a_stop_before_the_first_step_saved_nothing(engine: Path, tmp_path: Path) -> None:
     """The agent hands over no slots: the rank waits for them when it is asked to stop."""
     plan = small_plan(tmp_path)
-    (tmp_path / "plan").write_bytes(plan.to_bytes())
-    (tmp_path / "attempt").write_bytes(engine_runs.attempt_bytes(plan, [0], tmp_path / "data", tmp_path))
-    command = [engine, "rank", "--plan", tmp_path / "plan", "--attempt", tmp_path / "attempt", "--rank", "0"]
+    command = only_rank(engine, plan, tmp_path)
     with agent_at(tmp_path / "agent.sock") as agent:
-        process = subprocess.Popen([*command, "--agent", tmp_path / "agent.sock"], stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             agent.hears("HELLO", 0)
             process.send_signal(signal.SIGTERM)

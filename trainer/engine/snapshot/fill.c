@@ -180,7 +180,6 @@ static hs_status copy_pieces(const hs_snapshot *s, int slot, hs_why *why) {
 hs_status hs_snapshot_begin(hs_snapshot *s, const hs_snapshot_done *what, hs_why *why) {
     HS_ASSERT(!s->under_way);
     const int64_t begin_ns = hs_clock_ns();
-    if (s->count == 0) return hs_fail(why, HS_E_AGAIN, "this rank has no snapshot slots");
     if (!hs_snapshot_claim(s))
         return hs_fail(why, HS_E_AGAIN,
                        "none of the %d snapshot slots is free: the agent still reads them",

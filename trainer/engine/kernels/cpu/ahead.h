@@ -120,9 +120,14 @@ static int64_t unit_of_k(int pairs) {
     return pairs && HS_DOT ? 8 : 4;
 }
 
+/* Whether its columns lie side by side in memory, and no k does: loops of tiles ask for it k by k, and may pack it. */
+static int by_columns(const side *b) {
+    return ASKS_WITHIN && b->row == 1 && b->col != 1;
+}
+
 /* Whether tiles' loops pack panels of a B of so many k, beside what they multiply: it costs next to nothing then. */
 static int packs_within(const side *b, int64_t k, int pairs) {
-    if (!ASKS_WITHIN || b->row != 1 || b->col == 1) return 0;
+    if (!by_columns(b)) return 0;
     return pairs ? HS_DOT && b->dt == HS_BF16 && k % 2 == 0 : b->dt == HS_F32;
 }
 
@@ -149,7 +154,7 @@ static void pack_rest(panel *p, const side *b, int64_t rows, int pairs) {
 /* Its lines, as they lie in memory, over so many tiles; where columns lie side by side, k by k: the first one of each,
  * and the last one. */
 static void ask_for_panel(const panel *p, const side *b, int64_t tiles, ahead *first, ahead *end) {
-    if (!ASKS_WITHIN || b->row != 1 || b->col == 1) {
+    if (!by_columns(b)) {
         *first = ahead_of(b, p->j, p->n, p->k, p->kn, tiles);
         return;
     }

@@ -164,7 +164,7 @@ static void beside_end(beside *with) {
 }
 
 enum {
-    LAST = 2 * MR,        /* lines of ask_last, */
+    LAST = 2 * MR,        /* lines of ask_rows, */
     LATE = 6,             /* so many turns before the loop's end */
     LINE = 60,            /* bytes to the last float of a line */
     ASKS_TWICE = 4 * LAST /* in a loop of so many turns: others are over too soon */
