@@ -19,6 +19,8 @@ from typing import Any
 from trainer import wire
 
 NAME = "libhs_hash.so"
+VERSION = 1
+"""HS_HASH_VERSION (core/hash_leaves.h): of the arguments and structures below."""
 Data = bytes | bytearray | memoryview
 
 
@@ -71,6 +73,8 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
         if (folder / NAME).is_file():
             try:
                 library = ctypes.CDLL(str(folder / NAME))
+                if (version := ctypes.c_uint32.in_dll(library, "hs_hash_version").value) != VERSION:
+                    raise OSError(f"its version is {version}, not {VERSION}")
                 library.hs_sha256_leaves.restype = None
                 library.hs_sha256_leaves.argtypes = (
                     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p
@@ -79,7 +83,7 @@ def _open() -> tuple[ctypes.CDLL | None, str]:
                 library.hs_sha256_two_chunks.argtypes = ctypes.c_void_p, ctypes.c_size_t
                 library.hs_crc32.restype = ctypes.c_uint32
                 library.hs_crc32.argtypes = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_size_t
-            except (OSError, AttributeError) as error:  # of another machine, or another version
+            except (OSError, AttributeError, ValueError) as error:  # of another machine, or another version
                 why = f"{folder / NAME} is not of this version and machine ({error})"
                 continue
             return library, ""

@@ -25,9 +25,12 @@ def pass_loopback_by(environment: MutableMapping[str, str]) -> None:
     and servers that the list names in a way that kubectl knows and other clients do not: by a range of addresses.
 
     The lower spelling holds for these clients where both are there, even an empty one; afterwards they are the same.
+    ``ALL_PROXY``, which a store's client does not read, is named for http and https too, where those have none and it
+    speaks HTTP (of SOCKS that client knows nothing, and says so where nobody answers).
     """
     if not _named(environment):
         return
+    _name_for_each(environment)
     said = _said(environment)
     entries = [found for entry in re.split(r"[,\s]+", said) if entry and (found := _read_by_all(entry))]
     if "*" in entries:
@@ -39,14 +42,24 @@ def pass_loopback_by(environment: MutableMapping[str, str]) -> None:
 
 def reach_directly(url: str, environment: MutableMapping[str, str]) -> None:
     """Add the host of a server that was found later (in a profile, an option, a spec), where the list names it by a
-    range. ``url``: the server's, or that of a store that says its endpoint. To be called before a client is made.
+    range. ``url``: the server's, or that of a store, whose endpoint is in it or in boto3's configuration. To be called
+    before a client is made.
     """
     said = _said(environment)
     if not _named(environment) or "*" in said.split(","):
         return
-    for host in _hosts((url, *_endpoints(url)), said):
+    for host in _hosts((url, *_endpoints(url, profile=True)), said):
         if host not in said.split(","):
             environment["no_proxy"] = environment["NO_PROXY"] = f"{said},{host}"
+
+
+def _name_for_each(environment: MutableMapping[str, str]) -> None:
+    proxy = environment.get("all_proxy", environment.get("ALL_PROXY", "")).strip()
+    if not proxy or ("://" in proxy and not re.match("https?://", proxy, re.IGNORECASE)):
+        return
+    for name in ("http_proxy", "https_proxy"):
+        if name not in environment and name.upper() not in environment:
+            environment[name] = environment[name.upper()] = proxy
 
 
 def _named(environment: MutableMapping[str, str]) -> bool:
@@ -58,8 +71,16 @@ def _said(environment: MutableMapping[str, str]) -> str:
     return environment.get("no_proxy", environment.get("NO_PROXY", ""))
 
 
-def _endpoints(store: str) -> list[str]:
-    return parse_qs(urlsplit(store).query).get("endpoint", []) if store.lower().startswith("s3:") else []
+def _endpoints(store: str, profile: bool = False) -> list[str]:
+    """Of a store's address; with ``profile`` what boto3's configuration names, where the address says nothing."""
+    if not store.lower().startswith("s3:"):
+        return []
+    said = parse_qs(urlsplit(store).query).get("endpoint", [])
+    if said or not profile:
+        return said
+    from checkpoint.store.s3_settings import endpoint  # boto3 takes 0.3 s to import, and such a store needs it
+
+    return [found] if (found := endpoint()) else []
 
 
 def _within(said: str, environment: MutableMapping[str, str]) -> Iterator[str]:

@@ -30,6 +30,7 @@ _TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _SET = "set HOTSTAGE_KUBECONFIG or KUBECONFIG to a kubeconfig file"
 _ANEW = "fetch the kubeconfig anew from whoever runs the cluster"
 _PEM = {"certificate-authority": "CERTIFICATE", "client-certificate": "CERTIFICATE", "client-key": "PRIVATE KEY"}
+_BLOCKS = re.MULTILINE | re.DOTALL
 _FILES = {"cluster": ("certificate-authority",), "user": ("client-certificate", "client-key")}
 
 Json = Mapping[str, Any]
@@ -206,17 +207,23 @@ def _check_data(chosen: Context, tree: Json, key: str) -> None:
 
 
 def _check_pem(chosen: Context, key: str, where: str, data: bytes) -> None:
-    """What TLS takes: anything else ends each connection as if no server were there."""
+    """What TLS takes: anything else ends each connection as if no server were there. What stands between the blocks is
+    for people, in whatever encoding."""
     what = _PEM[key]
     try:
-        text = data.decode("ascii")
-        if re.search(rf"^-----BEGIN [A-Z ]*{what}-----$", text, re.MULTILINE) is None:
-            raise ValueError(f"it has no line -----BEGIN {what}-----")
+        blocks = re.findall(rf"^-----BEGIN [A-Z ]*{what}-----$.*?^-----END [A-Z ]*{what}-----$", _lines(data), _BLOCKS)
+        if not blocks:
+            raise ValueError(f"it has no lines -----BEGIN {what}----- and -----END {what}-----")
         if key == "certificate-authority":
-            ssl.create_default_context(cadata=text)
+            ssl.create_default_context(cadata="\n".join(blocks))
     except (ValueError, ssl.SSLError) as error:
-        why = "it is no text" if isinstance(error, UnicodeError) else str(error)
-        raise LaunchRefused(f"{chosen}: {where} holds no {what.lower()} in PEM ({why}); {_ANEW}") from error
+        raise LaunchRefused(f"{chosen}: {where} holds no {what.lower()} in PEM ({error}); {_ANEW}") from error
+
+
+def _lines(data: bytes) -> str:
+    """As OpenSSL reads them: blanks and a carriage return at a line's end do not count, nor does a byte-order mark."""
+    text = data.removeprefix(b"\xef\xbb\xbf").decode("ascii", errors="replace")
+    return "\n".join(line.rstrip() for line in text.split("\n"))
 
 
 def _check_program(chosen: Context) -> None:

@@ -322,7 +322,7 @@ class LocalLauncher:
         pid_file, log_file = folder / f"{which}.pid", folder / f"{which}.log"
         starts = [t for t in self._starts.get(pid_file, []) if self._clock() - t < _RESTART_WINDOW_S]
         if len(starts) >= _RESTARTS:
-            full = not os.statvfs(folder).f_bavail
+            full = _is_full(folder)
             raise LaunchError(
                 f"the {which} of {folder} died {len(starts)} times within {_RESTART_WINDOW_S:.0f} s; its last words: "
                 f"{_tail(log_file) or 'none'}"
@@ -414,6 +414,13 @@ def _view(node: int, folder: Path) -> LaunchedNode:
     # a node without its supervisor has lost its ranks (PDEATHSIG)
     lives = supervisor is not None
     return LaunchedNode(node, agent.pid if agent else None, supervisor.pid if supervisor else None, done, words, lives)
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return not os.statvfs(folder).f_bavail
+    except OSError:  # it is gone
+        return False
 
 
 def _tail(path: Path) -> str:

@@ -9,6 +9,7 @@ import http.client
 import logging
 import os
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -220,14 +221,18 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
         return StoreRefused(f"{said}: {_MEND.get(code, 'check the address, the rights and what the server supports')}")
     if (refused := _unsent(error, what, store)) is not None:
         return refused
-    said = f"{what}: {store}: {type(error).__name__}: {str(error)[:300]}"
-    if isinstance(error, botocore.exceptions.EndpointConnectionError):
+    said = f"{what}: {store}: {type(error).__name__}: {_without_login(str(error))[:300]}"
+    if isinstance(error, (botocore.exceptions.EndpointConnectionError, botocore.exceptions.ConnectTimeoutError)):
         said += (
             "; is the region right (?region=…, AWS_REGION), and does this machine reach AWS?"
             if ".amazonaws.com" in said
             else "; does the server run, and is the endpoint right (?endpoint=…, AWS_ENDPOINT_URL, the profile)?"
         )
+        if (named := _socks()) is not None:
+            said += f"; {named} names a SOCKS proxy, which is not used here; if need be give one of HTTP by HTTPS_PROXY"
     if isinstance(error, botocore.exceptions.ProxyConnectionError):
+        if "://socks" in said.lower():
+            return StoreRefused(f"{said}; HTTP_PROXY or HTTPS_PROXY names a SOCKS proxy: write it as http://host:port")
         said += "; look at HTTP_PROXY and HTTPS_PROXY (http://host:port, no SOCKS), or name the server in NO_PROXY"
     if isinstance(error, botocore.parsers.ResponseParserError):
         return StoreRefused(f"{said}; {NOT_S3}")
@@ -253,6 +258,17 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
     return StoreRefused(f"{said}; check the address, the credentials and boto3's configuration")
 
 
+def _without_login(text: str) -> str:
+    """What a library says of an address, without the name and password of a proxy in it."""
+    return re.sub(r"://[^/\s\"'@]*@", "://***@", text)
+
+
+def _socks() -> str | None:
+    """The variable that names a SOCKS proxy for everything, if one does."""
+    found = (name for name in ("all_proxy", "ALL_PROXY") if os.environ.get(name, "").lower().startswith("socks"))
+    return next(found, None)
+
+
 def _unsent(error: BaseException, what: str, store: str) -> StoreRefused | None:
     """What never left this machine: an HTTP client did not take the credentials, or the name of a proxy."""
     told = getattr(error, "kwargs", {}) if isinstance(error, botocore.exceptions.HTTPClientError) else {}
@@ -265,6 +281,6 @@ def _unsent(error: BaseException, what: str, store: str) -> StoreRefused | None:
             "AWS_ACCESS_KEY_ID and AWS_SESSION_TOKEN, or of the profile"
         )
     return StoreRefused(
-        f"{what}: {store}: {str(inner)[:300]}; look at HTTP_PROXY, HTTPS_PROXY and the endpoint: write them as "
-        "http://host:port"
+        f"{what}: {store}: {_without_login(str(inner))[:300]}; look at HTTP_PROXY, HTTPS_PROXY and the endpoint: write "
+        "them as http://host:port"
     )

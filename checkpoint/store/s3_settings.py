@@ -12,6 +12,7 @@ from typing import Any
 
 import boto3
 import botocore.exceptions
+from botocore.configprovider import ConfiguredEndpointProvider
 
 from checkpoint.errors import CredentialsRefused, StoreRefused
 
@@ -42,6 +43,17 @@ def _asking_nobody(made: boto3.session.Session) -> boto3.session.Session:
 
     made._session.get_component("credential_provider").get_provider("assume-role")._prompter = refuse
     return made
+
+
+def endpoint() -> str | None:
+    """Of S3, where the environment or the profile names one: what a client takes whose address says nothing."""
+    try:
+        made = boto3.session.Session()._session
+        profile, everything = made.get_scoped_config(), made.full_config
+    except botocore.exceptions.BotoCoreError:
+        return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # a store says what is wrong
+    found = ConfiguredEndpointProvider(everything, profile, "s3").provide()
+    return str(found) if found else None
 
 
 def unless_configured(made: boto3.session.Session, path_style: bool | None) -> dict[str, Any]:

@@ -59,6 +59,7 @@ from flows.data.work import WorkGone, piece_name
 from trainer.dataset import DatasetRef, token_bytes_for
 from trainer.errors import DatasetError, SpecError
 from trainer.spec import DataSpec, too_short
+from trainer.spec_fields import shown
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def prepare(
     sample can be had, the model cannot hold the vocabulary, or a library or predicate is missing; StoreError from the
     store.
     """
+    _tell_unread(spec)
     if spec.mix:
         one = partial(
             prepare, store=store, say=say, again=again, sequence=sequence, vocab=vocab, runner=runner, clock=clock
@@ -448,6 +450,19 @@ class _Preparation:
             log.warning(
                 "%s: %.1f %% of the tokens are unknown to it (token %d)", given.what, 100 * count / texts, given.unknown
             )
+
+
+def _tell_unread(spec: DataSpec) -> None:
+    """A key that was set and that nothing looks at. No refusal: it is in the names of runs that are there."""
+    if spec.field == type(spec).model_fields["field"].default:
+        return
+    if spec.mix:
+        why = "with data.mix the key or column is named in the tables of its parts"
+    elif spec.source.partition(":")[0] not in ("jsonl", "parquet", "hf"):
+        why = f"data.source {shown(spec.source)} has no keys; leave it out, or take jsonl:, parquet: or hf:"
+    else:
+        return
+    log.warning("data.field %s is not looked at: %s", shown(spec.field), why)
 
 
 def give_memory_back() -> None:

@@ -99,14 +99,28 @@ def test_sums_are_zlibs(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
             assert crc32(view, 0x12345678) == zlib.crc32(view, 0x12345678)
 
 
-@pytest.mark.parametrize("what", ["no library", "of another version"])
+def test_the_version_is_the_header_s() -> None:
+    header = Path(__file__).parents[2] / "trainer" / "engine" / "core" / "hash_leaves.h"
+    assert f"#define HS_HASH_VERSION {hashes.VERSION}\n" in header.read_text()
+
+
+ALL = "int hs_crc32, hs_sha256_leaves, hs_sha256_two_chunks;\n"
+OTHER = {
+    "no library": "",
+    "of another version": "int hs_crc32;\n",
+    "without a version": ALL,
+    "with other structures": f"{ALL}unsigned hs_hash_version = {hashes.VERSION + 1};\n",
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
 def test_a_library_that_does_not_fit_is_told(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "trainer" / "bin" / hashes.NAME
     old.parent.mkdir(parents=True)
     if what == "no library":
         old.write_bytes(b"not an ELF file")
     else:
-        (tmp_path / "old.c").write_text("int hs_crc32;\n")
+        (tmp_path / "old.c").write_text(OTHER[what])
         subprocess.run([find("cc"), "-shared", "-o", str(old), str(tmp_path / "old.c")], check=True)
     monkeypatch.setattr(wire, "__file__", str(tmp_path / "trainer" / "wire" / "__init__.py"))
     monkeypatch.setattr(sysconfig, "get_path", lambda _kind: str(tmp_path))

@@ -191,10 +191,11 @@ def test_two_ctrl_c_at_a_terminal_leave_it_running(
     one = terminal(*TRAIN)
     store = place.run_folder(run)
     wait_for(lambda: any(store.glob("live/*/metrics/*")), "a step", 60)
-    one.process.send_signal(signal.SIGINT)
-    one.read_until(b"again within")
-    one.process.send_signal(signal.SIGINT)
-    assert one.read_to_its_end() == 128 + signal.SIGINT, one.said.decode()
+    with frozen(place.folder / "out", 0):  # the run cannot end meanwhile
+        one.process.send_signal(signal.SIGINT)
+        one.read_until(b"again within")
+        one.process.send_signal(signal.SIGINT)
+        assert one.read_to_its_end() == 128 + signal.SIGINT, one.said.decode()
     assert b"the run goes on by itself" in one.said
     result = place.train()
     assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest)

@@ -135,6 +135,45 @@ def test_what_is_elsewhere_still_goes_through_it(monkeypatch: pytest.MonkeyPatch
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "minio.svc,localhost,127.0.0.1,::1"
 
 
+@pytest.mark.parametrize(
+    ("named", "through"),
+    [
+        ({"ALL_PROXY": "http://all.example:3128"}, "http://all.example:3128"),
+        ({"all_proxy": "all.example:3128"}, "all.example:3128"),
+        ({"ALL_PROXY": "http://all.example:3128", "https_proxy": "http://own.example:1"}, "http://own.example:1"),
+        ({"ALL_PROXY": "http://all.example:3128", "HTTPS_PROXY": ""}, None),
+        ({"ALL_PROXY": "socks5://all.example:1080"}, None),
+    ],
+    ids=str,
+)
+def test_a_proxy_for_everything_is_a_store_s_too(
+    monkeypatch: pytest.MonkeyPatch, named: dict[str, str], through: str | None
+) -> None:
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    pass_loopback_by(os.environ)
+    assert get_environ_proxies("https://s3.example").get("https") == through
+    assert get_environ_proxies("https://127.0.0.1") == {}
+
+
+def test_the_endpoint_of_a_profile_is_reached_directly_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(
+        "[profile mine]\nservices = x\nendpoint_url = http://10.1.1.1\n"
+        "[services x]\ns3 =\n  endpoint_url = http://10.8.8.8:9000\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    reach_directly("s3://b/p", os.environ)  # opening the store says what is wrong
+    assert os.environ["NO_PROXY"] == "10.0.0.0/8"
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    reach_directly("s3://b/p", os.environ)
+    assert os.environ["NO_PROXY"] == "10.0.0.0/8,10.8.8.8"
+
+
 def test_without_a_proxy_nothing_is_touched() -> None:
     environment = {"NO_PROXY": "a"}
     pass_loopback_by(environment)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from k8s.api import Api
 from k8s.errors import Unauthenticated
@@ -51,7 +56,7 @@ def program(line: str) -> dict[str, Any]:
         (config(cluster={"server": SERVER, "certificate-authority-data": "abc"}), "authority-data is no base64"),
         (
             config(cluster={"server": SERVER, "certificate-authority-data": GARBAGE}),
-            r"certificate-authority-data holds no certificate in PEM \(it is no text\); fetch the kubeconfig anew",
+            r"certificate-authority-data holds no certificate in PEM \(it has no line.*\); fetch the kubeconfig anew",
         ),
         (
             config(cluster={"server": SERVER, "certificate-authority-data": EMPTY_PEM}),
@@ -70,6 +75,39 @@ def test_what_does_not_hold_is_told_with_file_and_context(tmp_path: Path, tree: 
     with pytest.raises(LaunchRefused, match=words) as caught:
         Api.load(str(file))
     assert f"kubeconfig {file}" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def authority() -> bytes:
+    """A certificate of an authority of one's own."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ours")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+    made = made.serial_number(1).not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    return made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda pem: b"# T\xc3\xbcrkTrust\n" + pem + b"\n# caf\xe9\n" + pem,
+        lambda pem: b"\xef\xbb\xbf" + pem.replace(b"\n", b"\r\n"),
+        lambda pem: pem.replace(b"-----\n", b"-----  \n").rstrip(),
+    ],
+    ids=["words between", "CRLF", "blanks"],
+)
+def test_certificates_in_each_form_that_tls_takes(
+    tmp_path: Path, authority: bytes, form: Callable[[bytes], bytes]
+) -> None:
+    bundle = tmp_path / "ca.crt"
+    bundle.write_bytes(form(authority))
+    (tmp_path / "config").write_text(
+        json.dumps(config(cluster={"server": SERVER, "certificate-authority": str(bundle)}))
+    )
+    assert Api.load(str(tmp_path / "config")).host == SERVER
+    bundle.write_bytes(form(authority).replace(b"END", b"DNE"))
+    with pytest.raises(LaunchRefused, match=r"ca\.crt holds no certificate in PEM"):
+        Api.load(str(tmp_path / "config"))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, LaunchRefused
 from trainer.launch import Launch, LaunchedNode
-from trainer.local_launch import NODE_FOLDER_MOST, LocalLauncher, ProcessMark
+from trainer.local_launch import NODE_FOLDER_MOST, LocalLauncher, ProcessMark, _is_full
 from trainer.spec import how_map
 
 
@@ -286,6 +286,11 @@ def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> N
             again()
     finally:
         launcher.stop("a", 0)
+
+
+def test_a_folder_that_is_gone_is_not_full(tmp_path: Path) -> None:
+    """Who tells why a node died must not die of it."""
+    assert not _is_full(tmp_path / "gone")
 
 
 def test_a_reused_process_number_is_not_mistaken(tmp_path: Path) -> None:

@@ -176,6 +176,23 @@ def test_what_no_header_can_hold_is_not_asked_and_not_told(keys: None, monkeypat
     assert "hush" not in str(caught.value)
 
 
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h", "SOCKS4"])
+def test_a_socks_proxy_is_none_for_a_store(keys: None, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """It never heals by itself, and what a proxy is told is nobody else's."""
+    monkeypatch.setenv("HTTP_PROXY", f"{scheme}://ann:hush@127.0.0.1:1")
+    with pytest.raises(StoreRefused, match="names a SOCKS proxy: write it as http://host:port") as caught:
+        open_s3("s3://bucket/p?endpoint=http://there.invalid&region=r", AT_ONCE).get(KEY)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_socks_proxy_for_everything_is_named_where_nobody_answers(
+    keys: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1")
+    with pytest.raises(StoreUnavailable, match="ALL_PROXY names a SOCKS proxy, which is not used here"):
+        open_s3("s3://bucket/p?endpoint=http://127.0.0.1:1&region=r", AT_ONCE).get(KEY)
+
+
 def test_a_proxy_that_is_none(keys: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "foo:bar")
     with pytest.raises(StoreRefused, match=r"foo:bar.*; look at HTTP_PROXY"):

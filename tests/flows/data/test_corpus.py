@@ -13,6 +13,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,24 @@ def test_bytes_that_are_no_utf8_in_text_are_replaced_and_told(here: Path, caplog
     assert told[0].startswith("0.txt:1 (byte 0xE9): bytes that are no UTF-8")
     assert told[2].startswith("2.txt:3 (byte 0xE9)")
     assert [line.partition(":")[0] for line in told[3:]] == ["2 more"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"source": "text:a.txt"}, "data.source 'text:a.txt' has no keys; leave it out, or take jsonl:"),
+        ({"mix": [{"source": "text:a.txt", "weight": 1}]}, "in the tables of its parts"),
+    ],
+    ids=["text", "mix"],
+)
+def test_a_field_that_nothing_looks_at_is_told(
+    here: Path, store: Store, caplog: pytest.LogCaptureFixture, spec: dict[str, Any], words: str
+) -> None:
+    fill("a.txt")
+    prepare(DataSpec(field="content", vocab_size=257, **spec), store)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("data.field 'content' is not looked at: ")
+    assert words in told
 
 
 def test_json_of_another_encoding_is_refused_with_file_and_line(here: Path) -> None:

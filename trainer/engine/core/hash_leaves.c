@@ -219,6 +219,8 @@ static void leaves_and_whole(walk *rest, uint8_t *whole) {
     hs_sha256_final(&all, whole);
 }
 
+const uint32_t hs_hash_version = HS_HASH_VERSION;
+
 void hs_sha256_leaves(const void *data, const uint64_t *lengths, size_t count, size_t block,
                       uint8_t *leaves, uint8_t *whole) {
     const hs_sha256_chunk chunk = {data, lengths, count, leaves, whole};

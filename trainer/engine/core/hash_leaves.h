@@ -5,6 +5,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* What of this header and of crc32.h Python calls (checkpoint/hashes.py): one higher with each change of an argument or
+ * of a structure. A library of another version is not used. */
+#define HS_HASH_VERSION 1
+extern const uint32_t hs_hash_version;
+
 /* Of data that is `count` pieces in a row, of `lengths` bytes: the digest of each `block` bytes of each
  * piece (its last one may be shorter), one after the other in `leaves`; in `whole`, unless it is NULL,
  * the digest of everything. Without that, sixteen leaves, of whichever pieces, are computed side by side where
