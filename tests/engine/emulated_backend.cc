@@ -68,9 +68,10 @@ void close(hs_device *device) {
     inside()->close(device);
 }
 
-hs_status launch(hs_device *device, int stream, uint16_t kernel, const hs_args *args, hs_why *why) {
+hs_status launch(hs_device *device, int stream, uint16_t kernel, const hs_args *args,
+                 uint32_t calls, hs_why *why) {
     count.launches++;
-    return inside()->launch(device, stream, kernel, args, why);
+    return inside()->launch(device, stream, kernel, args, calls, why);
 }
 
 hs_status follow(hs_device *device, int stream, int event, hs_why *why) {
@@ -168,24 +169,51 @@ bool on_cpu() {
     return stand_in && strcmp(stand_in, "cpu") == 0;
 }
 
-hs_status run(uint16_t kernel, const hs_cuda_ctx *ctx, const hs_args *args) {
-    if (!of_the_device(args))
-        return hs_fail(ctx->why, HS_E_BUG, "kernel %u got an address that is not the device's",
-                       kernel);
-    if (!on_cpu()) return hs_cuda_kernels()->fn[kernel](ctx, args);
-    const call c = {kernel, *args};
-    return hs_emulated::enqueue(static_cast<cudaStream_t>(ctx->stream), "cpu", on_the_cpu, &c,
-                                sizeof c);
+hs_status run(uint16_t kernel, const hs_cuda_ctx *ctx, const hs_args *args, uint32_t calls) {
+    for (uint32_t i = 0; i < calls; i++)
+        if (!of_the_device(&args[i]))
+            return hs_fail(ctx->why, HS_E_BUG, "kernel %u got an address that is not the device's",
+                           kernel);
+    if (!on_cpu())
+        return calls == 1 ? hs_cuda_kernels()->fn[kernel](ctx, args)
+                          : hs_cuda_kernels()->together(kernel)(ctx, args, calls);
+    for (uint32_t i = calls; i-- > 0;) { /* in any order */
+        const call c = {kernel, args[i]};
+        HS_TRY(hs_emulated::enqueue(static_cast<cudaStream_t>(ctx->stream), "cpu", on_the_cpu, &c,
+                                    sizeof c));
+    }
+    return HS_OK;
 }
 
 #define X(number, NAME, name, ...)                                                                 \
     hs_status name(const hs_cuda_ctx *ctx, const hs_args *args) {                                  \
-        return run(number, ctx, args);                                                             \
+        return run(number, ctx, args, 1);                                                          \
     }
 namespace kernel {
 HS_KERNELS(X)
 }
 #undef X
+
+#define X(NAME, name)                                                                              \
+    hs_status name(const hs_cuda_ctx *ctx, const hs_args *args, uint32_t calls) {                  \
+        return run(HS_K_##NAME, ctx, args, calls);                                                 \
+    }
+namespace together {
+HS_CUDA_TOGETHER_KERNELS(X)
+}
+#undef X
+
+hs_cuda_together_fn together_of(uint16_t kernel) {
+    switch (kernel) {
+#define X(NAME, name)                                                                              \
+    case HS_K_##NAME:                                                                              \
+        return together::name;
+        HS_CUDA_TOGETHER_KERNELS(X)
+#undef X
+    default:
+        return NULL;
+    }
+}
 
 } // namespace
 
@@ -198,6 +226,7 @@ const hs_cuda_table *hs_emulated_kernels(void) {
          HS_KERNELS(X)
 #undef X
         },
+        together_of,
     };
     return &table;
 }

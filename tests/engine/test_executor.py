@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from tests.engine.test_device import (
 from trainer import wire
 from trainer.plan.compiled import Plan
 from trainer.plan.memory import staging_bytes
+from trainer.plan.records import BoundCall
 
 __all__ = ["emulated", "engine", "library", "runs"]  # fixtures
 
@@ -149,6 +151,13 @@ def test_pinned_memory_is_what_the_plan_says(runs: MakeRuns, parallel: dict[str,
         assert told == staging_bytes(plan.config, position, plan.channels, len(plan.tensors))
 
 
+def launches(calls: Sequence[BoundCall]) -> int:
+    """Of a program whose calls for tensors (``HS_CUDA_TOGETHER_KERNELS``) may change places with all others, and are fp32."""
+    kernels = [call.kernel for call in calls]
+    together = [name for name in kernels if name in ("sumsq", "adamw", "zero", "cast")]
+    return len(kernels) - len(together) + len(set(together))
+
+
 def test_programs_become_graphs_in_the_second_step(runs: MakeRuns) -> None:
     """One by program, slot and microbatch, of calls that were launched once before (a module that is loaded inside of a
     capture may spoil it); from then on a step launches what has one call alone.
@@ -159,13 +168,28 @@ def test_programs_become_graphs_in_the_second_step(runs: MakeRuns) -> None:
         some.state("cuda")
         told.append([some.count_of(name) for name in ("captures", "replays", "launches")])
     (position,) = some.plan.positions
-    sizes = [len(position.programs[str(a.program)].calls) for a in position.step if a.kind == wire.A_RUN]
-    graphs = sum(calls > 1 for calls in sizes)  # each action of this step has addresses of its own
+    programs = [position.programs[str(a.program)].calls for a in position.step if a.kind == wire.A_RUN]
+    graphs = sum(len(calls) > 1 for calls in programs)  # each action of this step has addresses of its own
     assert [captures for captures, _, _ in told] == [0, graphs, graphs, graphs]
     assert [replays for _, replays, _ in told] == [0, graphs, 2 * graphs, 3 * graphs]
     plain, captured, third, fourth = (launches for _, _, launches in told)
-    assert captured - plain == sum(sizes)
-    assert fourth - third == third - captured == len(sizes) - graphs
+    assert captured - plain == sum(map(launches, programs))
+    assert fourth - third == third - captured == len(programs) - graphs
+
+
+def test_norms_and_updates_of_all_tensors_are_a_launch_each(runs: MakeRuns) -> None:
+    """Also those that stand in a backward, behind the call that makes the gradient (a step's only microbatch)."""
+    told = []
+    for steps in (1, 2):
+        some = runs(batch=2, microbatch=2, **steady(steps=steps))
+        state = some.state("cuda")
+        told.append(some.count_of("launches"))
+    assert state == some.state("cpu")
+    (position,) = some.plan.positions
+    step = [call for a in position.step if a.kind == wire.A_RUN for call in position.programs[str(a.program)].calls]
+    made = Counter(call.kernel for call in step)
+    assert made["sumsq"] == made["adamw"] == len(some.plan.tensors)
+    assert told[1] - told[0] == len(step) - made["sumsq"] - made["adamw"] + 2
 
 
 def idle(monkeypatch: pytest.MonkeyPatch, **more: str) -> None:

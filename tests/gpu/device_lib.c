@@ -154,7 +154,7 @@ hs_status hs_gpu_call(uint32_t kernel, uint32_t dtype, const uint8_t *before, ui
     TRY(t->copy(the.device, HS_STREAM_IN, the.arena, before, bytes, HS_COPY_TO_DEVICE, &the.why));
     TRY(t->record(the.device, HS_STREAM_IN, LOADED, &the.why));
     TRY(t->follow(the.device, HS_STREAM_COMPUTE, LOADED, &the.why));
-    TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, &the.why));
+    TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, 1, &the.why));
     TRY(t->record(the.device, HS_STREAM_COMPUTE, COMPUTED, &the.why));
     TRY(t->follow(the.device, HS_STREAM_OUT, COMPUTED, &the.why));
     TRY(t->copy(the.device, HS_STREAM_OUT, after, the.arena, bytes, HS_COPY_FROM_DEVICE, &the.why));
@@ -225,7 +225,7 @@ hs_status hs_gpu_time(uint32_t kernel, uint32_t dtype, uint32_t sets, const int6
             TRY(t->capture(the.device, HS_STREAM_COMPUTE, &the.why));
             for (uint32_t s = 0; s < sets; s++) {
                 const hs_args args = args_at(dtype, at + s * HS_CALL_PTRS, dims, reals);
-                TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, &the.why));
+                TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, 1, &the.why));
             }
             TRY(t->captured(the.device, HS_STREAM_COMPUTE, &graph, &the.why));
             TRY(t->replay(the.device, HS_STREAM_COMPUTE, graph, &the.why));
@@ -240,7 +240,7 @@ hs_status hs_gpu_time(uint32_t kernel, uint32_t dtype, uint32_t sets, const int6
             }
             for (uint32_t s = 0; s < sets; s++) {
                 const hs_args args = args_at(dtype, at + s * HS_CALL_PTRS, dims, reals);
-                TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, &the.why));
+                TRY(t->launch(the.device, HS_STREAM_COMPUTE, (uint16_t)kernel, &args, 1, &the.why));
             }
         }
         TRY(t->record(the.device, HS_STREAM_COMPUTE, COMPUTED, &the.why));

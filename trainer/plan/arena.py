@@ -110,6 +110,8 @@ class PositionMemory:
         self.pieces = job.pieces
         self.norm_parts: dict[int, Ref] = {}
         """By tensor in pieces, the sums of squares of its blocks, all pieces'."""
+        self.blocks: dict[int, Ref] = {}
+        """By tensor, sums of squares of its blocks: each has a place, so that a device may take all norms at once."""
         self.given: dict[str, Ref] = {}
         self.buffers = {number: _Buffers(stage, job.dt_bytes) for number, stage in self.stages.items()}
         self.apart: list[Stage] = []
@@ -257,7 +259,7 @@ class PositionMemory:
 
     def _place_scratch(self, arena: _Arena) -> None:
         places: dict[tuple[Stage, str], int] = {}
-        most = 0
+        most = beside = 0
         for number, stage in self.stages.items():
             buffers = self.buffers[number]
             sizes = {n: buffers.size(n) for n in stage.buffers if n not in buffers.places and n not in buffers.back}
@@ -271,11 +273,14 @@ class PositionMemory:
                     size = 4 * use.rows * self.job.tensors[self.tied].shape[1]
                     size = size if self.job.parts is not None else 4 * self.kept(self.tied)
                     self.tied_received[use.position] = arena.ref(size, "gradients")
-            largest = max((self.job.tensors[n].elements for n in self.owned), default=0)
-            partials = 8 * -(-largest // wire.SUMSQ_BLOCK)
-            most = max(most, partials)
+            blocks = 0
+            for n in self.owned:
+                self.blocks[n] = Ref(wire.SPACE_STATIC, blocks, 8 * -(-self.job.tensors[n].elements // wire.SUMSQ_BLOCK))
+                blocks += align(self.blocks[n].bytes)
             if self.job.norms_at_once:  # beside what the backward has
-                self.blocks = arena.take(partials, "scratch")
+                beside = arena.take(blocks, "scratch")
+            else:
+                most = max(most, blocks)
         if self.codes:
             most = max(most, 4 * wire.QUANTISE_PARTS)
         whole = align(4 * wire.QUANTISE_PARTS)  # of a weight as AdamW will leave it, to be made codes
@@ -290,8 +295,8 @@ class PositionMemory:
             buffers = self.buffers[number]
             buffers.places[name] = Ref(wire.SPACE_STATIC, base + offset, buffers.size(name))
         self.partials, self.whole, self.orthogonal = base, base + whole, base + orthogonal
-        if not self.job.norms_at_once:
-            self.blocks = base
+        start = beside if self.job.norms_at_once else base
+        self.blocks = {n: replace(ref, offset=start + ref.offset) for n, ref in self.blocks.items()}
 
     def matrices(self, n: int, start: int = 0) -> list[tuple[int, HiddenMatrix]]:
         """The matrices that a tensor of Muon is made of: the first element, and where it is made orthogonal."""

@@ -127,8 +127,7 @@ class Programs:
 
     def _sumsq_of(self, n: int) -> BoundCall:
         elements = self.mem.kept(n)
-        partials = Ref(wire.SPACE_STATIC, self.mem.blocks, 8 * -(-elements // wire.SUMSQ_BLOCK))
-        return self._call("sumsq", (self._norm(n), self.mem.gradients[n], partials), (elements,))
+        return self._call("sumsq", (self._norm(n), self.mem.gradients[n], self.mem.blocks[n]), (elements,))
 
     def _with_norms(self, calls: Sequence[BoundCall]) -> list[BoundCall]:
         """The last backward of a step's only microbatch: a gradient's squared norm is taken right behind the call that
@@ -154,8 +153,8 @@ class Programs:
         calls = []
         for n, parts in self.mem.norm_parts.items():
             blocks = -(-self.job.tensors[n].elements // wire.SUMSQ_BLOCK)
-            tree = Ref(wire.SPACE_STATIC, self.mem.partials, 8 * blocks)
-            calls.append(self._call("sum", (self._norm(n), replace(parts, bytes=8 * blocks), tree), (blocks,)))
+            ptr = (self._norm(n), replace(parts, bytes=8 * blocks), self.mem.blocks[n])
+            calls.append(self._call("sum", ptr, (blocks,)))
         return calls
 
     def _reals(self, n: int) -> tuple[float, ...]:

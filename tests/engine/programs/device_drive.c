@@ -42,7 +42,7 @@ static hs_status get(uint64_t offset, void *to, hs_why *why) {
 static hs_status gelu(uint64_t to, uint64_t from, hs_why *why) {
     const hs_gelu_fwd_args a = {.y = arena + to, .x = arena + from, .n = N, .dtype = HS_F32};
     const hs_args args = hs_gelu_fwd_args_to(&a);
-    return backend->launch(device, HS_STREAM_COMPUTE, HS_K_GELU_FWD, &args, why);
+    return backend->launch(device, HS_STREAM_COMPUTE, HS_K_GELU_FWD, &args, 1, why);
 }
 
 static void fill(float *x, int round) {
@@ -148,12 +148,12 @@ static hs_status library(hs_why *why) {
     const hs_args args = hs_linear_fwd_args_to(&a);
     const hs_product_table *const products = backend->products;
     hs_algorithm chosen;
-    HS_TRY(products->need(device, HS_K_LINEAR_FWD, &args, why));
+    HS_TRY(products->need(device, HS_K_LINEAR_FWD, &args, 1, why));
     HS_TRY(products->choose(device, &chosen, why));
     HS_TRY(products->use(device, &chosen, 1, why));
-    HS_TRY(backend->launch(device, HS_STREAM_COMPUTE, HS_K_LINEAR_FWD, &args, why));
+    HS_TRY(backend->launch(device, HS_STREAM_COMPUTE, HS_K_LINEAR_FWD, &args, 1, why));
     fail(214);
-    return backend->launch(device, HS_STREAM_COMPUTE, HS_K_LINEAR_FWD, &args, why);
+    return backend->launch(device, HS_STREAM_COMPUTE, HS_K_LINEAR_FWD, &args, 1, why);
 }
 
 static hs_status check(hs_why *why) {

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 
 #include "backend/backend.h"
+#include "kernels/cuda/cuda.h"
 
 struct hs_device {
     struct {
@@ -78,11 +79,20 @@ static hs_status idle_check(hs_device *d, uint8_t *at, size_t bytes, hs_check *c
     return HS_OK;
 }
 
+static uint32_t idle_together(uint16_t kernel) {
+#define X(NAME, name)                                                                              \
+    if (kernel == HS_K_##NAME) return HS_CUDA_TOGETHER;
+    HS_CUDA_TOGETHER_KERNELS(X)
+#undef X
+    return 1;
+}
+
 static hs_status idle_launch(hs_device *d, int stream, uint16_t kernel, const hs_args *args,
-                             hs_why *why) {
+                             uint32_t count, hs_why *why) {
     (void)stream;
     (void)kernel;
     (void)args;
+    (void)count;
     (void)why;
     d->launch++;
     return HS_OK;
@@ -163,6 +173,7 @@ const hs_backend *hs_cuda_backend(void) {
                                .pinned = idle_pinned,
                                .pin = idle_pin,
                                .check = idle_check,
+                               .together = idle_together,
                                .launch = idle_launch,
                                .copy = idle_copy,
                                .record = idle_record,

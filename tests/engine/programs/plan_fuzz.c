@@ -144,9 +144,10 @@ struct hs_device {
 };
 
 static hs_status launch(hs_device *d, int stream, uint16_t kernel, const hs_args *args,
-                        hs_why *why) {
+                        uint32_t count, hs_why *why) {
     hs_kernel_ctx ctx = {.scratch = d->scratch, .scratch_bytes = d->scratch_bytes};
     (void)stream;
+    (void)count; /* 1 */
     (void)why;
     return hs_kernels_portable.fn[kernel](&ctx, args);
 }

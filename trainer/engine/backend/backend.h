@@ -42,7 +42,7 @@
 #include "core/threads.h"
 #include "kernels/kernels.h"
 
-#define HS_BACKEND_VERSION 4u /* of hs_backend below, and of all that it is made of */
+#define HS_BACKEND_VERSION 5u /* of hs_backend below, and of all that it is made of */
 
 typedef struct hs_device hs_device; /* each backend has its own */
 typedef struct hs_graph hs_graph;
@@ -113,9 +113,12 @@ typedef struct hs_backend {
      * zero, before and after, gives back what was written. Blocks. HS_E_SICK, HS_E_MEMORY. */
     hs_status (*check)(hs_device *device, uint8_t *at, size_t bytes, hs_check *check, hs_why *why);
 
-    /* One call of a kernel, HS_K_*, on device addresses. args are copied. */
+    /* How many calls of this kernel a launch may take, at most HS_TOGETHER. NULL: one. */
+    uint32_t (*together)(uint16_t kernel);
+    /* `count` calls of a kernel, HS_K_*, on device addresses, of one dtype; none of them touches what another writes, and
+     * they may run at once. args are copied. */
     hs_status (*launch)(hs_device *device, int stream, uint16_t kernel, const hs_args *args,
-                        hs_why *why);
+                        uint32_t count, hs_why *why);
     /* What is device memory of the two sides, `direction` says. */
     hs_status (*copy)(hs_device *device, int stream, void *to, const void *from, size_t bytes,
                       hs_copy direction, hs_why *why);
@@ -139,7 +142,7 @@ typedef struct hs_backend {
     const struct hs_link_table *links;       /* between devices; NULL: none */
 } hs_backend;
 
-enum { HS_DEVICE_ARENAS = 8, HS_DEVICE_PINS = 32 };
+enum { HS_DEVICE_ARENAS = 8, HS_DEVICE_PINS = 32, HS_TOGETHER = 64 };
 
 extern const hs_backend hs_backend_cpu;
 

@@ -94,9 +94,10 @@ static hs_status cpu_check(hs_device *d, uint8_t *at, size_t bytes, hs_check *ch
 }
 
 static hs_status cpu_launch(hs_device *d, int stream, uint16_t kernel, const hs_args *args,
-                            hs_why *why) {
+                            uint32_t count, hs_why *why) {
     (void)stream;
     (void)why; /* the linker names the call */
+    HS_ASSERT(count == 1);
     hs_deferred_before(d->kernels.deferred, d->kernels.pool, kernel, args);
     return d->set->fn[kernel](&d->kernels, args);
 }

@@ -4,13 +4,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "run/together.h"
+
 typedef struct linked_call {
     hs_args args; /* STATIC operands and PIECEs are addresses, ACT and MB ones NULL */
     uint64_t offset[HS_CALL_PTRS]; /* of ACT and MB operands in their area */
     uint8_t space[HS_CALL_PTRS];
     uint32_t number; /* in the plan's table, for messages */
     uint16_t kernel;
-    bool moves; /* has an ACT or MB operand */
+    uint16_t together; /* calls of one launch from here on; 0: it is of one that begins before */
+    bool moves;        /* has an ACT or MB operand */
 } linked_call;
 
 struct hs_linked {
@@ -49,7 +52,7 @@ uint64_t hs_linked_offset(const hs_linked *linked, const hs_plan_ref *ref, uint3
 
 static void link_call(const hs_linked *linked, uint32_t number, linked_call *out) {
     const hs_plan_call *call = &linked->plan->calls[number];
-    *out = (linked_call){.number = number, .kernel = call->kernel};
+    *out = (linked_call){.number = number, .kernel = call->kernel, .together = 1};
     memcpy(out->args.dim, call->dim, sizeof out->args.dim);
     memcpy(out->args.real, call->real, sizeof out->args.real);
     out->args.dtype = call->dtype;
@@ -124,31 +127,46 @@ static hs_status number_graphs(hs_linked *linked, hs_why *why) {
     return HS_OK;
 }
 
+static hs_status order_calls(const hs_linked *linked, const hs_plan_program *program,
+                             hs_turned *order, hs_why *why) {
+    const hs_backend *backend = linked->spaces->backend;
+    if (backend->together)
+        return hs_together_order(backend, linked->plan, program, linked->replica, order, why);
+    for (uint32_t i = 0; i < program->calls; i++) order[i] = (hs_turned){.call = i, .count = 1};
+    return HS_OK;
+}
+
 hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, uint32_t replica,
                   hs_spaces *spaces, hs_linked **out, hs_why *why) {
     *out = NULL;
     const size_t programs = plan->count[HS_SECTION_PROGRAMS];
     uint8_t *used = calloc(programs + 1, 1);
     hs_linked *linked = calloc(1, sizeof *linked);
+    hs_turned *order = NULL;
     if (!used || !linked) goto no_memory;
     *linked = (hs_linked){.plan = plan, .position = position, .replica = replica, .spaces = spaces};
     const size_t calls = linked->count = count_calls(plan, position, used);
     linked->first = calloc(programs + 1, sizeof *linked->first);
     linked->calls = calloc(calls + 1, sizeof *linked->calls);
-    if (!linked->first || !linked->calls) goto no_memory;
+    order = calloc(calls + 1, sizeof *order);
+    if (!linked->first || !linked->calls || !order) goto no_memory;
     uint32_t next = 0;
     bool sleeps = false;
-    for (size_t p = 0; p < programs; p++) {
+    hs_status st = HS_OK;
+    for (size_t p = 0; st == HS_OK && p < programs; p++) {
         if (!used[p]) continue;
         linked->first[p] = next;
-        for (uint32_t i = 0; i < plan->programs[p].calls; i++) {
-            link_call(linked, plan->programs[p].first_call + i, &linked->calls[next++]);
-            sleeps = sleeps || linked->calls[next - 1].kernel == HS_K_DELAY;
+        st = order_calls(linked, &plan->programs[p], order, why);
+        for (uint32_t i = 0; st == HS_OK && i < plan->programs[p].calls; i++) {
+            linked_call *call = &linked->calls[next++];
+            link_call(linked, plan->programs[p].first_call + order[i].call, call);
+            call->together = (uint16_t)order[i].count;
+            sleeps = sleeps || call->kernel == HS_K_DELAY;
         }
     }
     free(used);
-    hs_status st = HS_OK;
-    if (spaces->backend->capture) {
+    free(order);
+    if (st == HS_OK && spaces->backend->capture) {
         st = sleeps ? hs_fail(why, HS_E_CONFIG,
                               "kernel delay sleeps, which a device cannot; run the plan on CPUs "
                               "(parallel.device = \"cpu\"), or compile it without delays")
@@ -163,6 +181,7 @@ hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, uint32_
 
 no_memory:
     free(used);
+    free(order);
     hs_linked_destroy(linked);
     return hs_fail(why, HS_E_MEMORY, "no memory to link the plan's calls");
 }
@@ -206,9 +225,11 @@ static hs_status issue(const hs_linked *linked, const hs_plan_action *a, hs_why 
     uint8_t *const act = base + area(linked, HS_SPACE_ACT, a->slot == UINT32_MAX ? 0 : a->slot, 0);
     uint8_t *const mb =
         base + area(linked, HS_SPACE_MB, 0, a->microbatch == UINT32_MAX ? 0 : a->microbatch);
-    for (const linked_call *const end = call + count; call < end; call++) {
-        const hs_args args = resolved(call, act, mb);
-        const hs_status st = hs_spaces_launch(linked->spaces, call->kernel, &args, why);
+    for (const linked_call *const end = call + count; call < end; call += call->together) {
+        hs_args args[HS_TOGETHER];
+        for (uint32_t i = 0; i < call->together; i++) args[i] = resolved(&call[i], act, mb);
+        const hs_status st =
+            hs_spaces_launch(linked->spaces, call->kernel, args, call->together, why);
         if (st != HS_OK) {
             return hs_fail(why, st, "kernel %u of call %u failed: %s", call->kernel, call->number,
                            hs_status_text(st));

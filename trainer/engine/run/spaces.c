@@ -165,9 +165,10 @@ uint8_t *hs_spaces_out_window(hs_spaces *s) {
     return s->out_window;
 }
 
-hs_status hs_spaces_launch(hs_spaces *s, uint16_t kernel, const hs_args *args, hs_why *why) {
+hs_status hs_spaces_launch(hs_spaces *s, uint16_t kernel, const hs_args *args, uint32_t count,
+                           hs_why *why) {
     issued(s, HS_STREAM_COMPUTE);
-    return s->backend->launch(s->device, HS_STREAM_COMPUTE, kernel, args, why);
+    return s->backend->launch(s->device, HS_STREAM_COMPUTE, kernel, args, count, why);
 }
 
 uint8_t *hs_spaces_message(hs_spaces *s, int stream, uint64_t offset) {

@@ -96,8 +96,9 @@ uint8_t *hs_spaces_out_window(hs_spaces *spaces);
  * stream now (comm.h, put and take). */
 uint8_t *hs_spaces_message(hs_spaces *spaces, int stream, uint64_t offset);
 
-/* A kernel, or a captured program, on the compute stream. */
-hs_status hs_spaces_launch(hs_spaces *spaces, uint16_t kernel, const hs_args *args, hs_why *why);
+/* Calls of a kernel (backend.h, launch), or a captured program, on the compute stream. */
+hs_status hs_spaces_launch(hs_spaces *spaces, uint16_t kernel, const hs_args *args, uint32_t count,
+                           hs_why *why);
 hs_status hs_spaces_replay(hs_spaces *spaces, hs_graph *graph, hs_why *why);
 
 /* Before the host or a peer reads or writes these bytes of a device that is the host's: nothing that was launched touches

@@ -217,14 +217,20 @@ static hs_status put(hs_device *d, int stream, doing what, cudaError_t error, hs
     return error == cudaSuccess ? HS_OK : failed(d, error, &what, "giving it work", why);
 }
 
+static uint32_t together(uint16_t kernel) {
+    static_assert((int)HS_CUDA_TOGETHER <= (int)HS_TOGETHER, "calls of a launch");
+    return hs_cuda_kernels()->together(kernel) ? HS_CUDA_TOGETHER : 1;
+}
+
 static hs_status launch(hs_device *d, int stream, uint16_t kernel, const hs_args *args,
-                        hs_why *why) {
+                        uint32_t count, hs_why *why) {
     HS_TRY(sound(d, why));
     hs_cuda_ctx ctx = d->kernels;
     ctx.stream = d->streams[stream];
     ctx.why = why;
     const doing what = {stream, KERNEL, kernel};
-    const hs_status st = d->table->fn[kernel](&ctx, args);
+    const hs_status st = count == 1 ? d->table->fn[kernel](&ctx, args)
+                                    : d->table->together(kernel)(&ctx, args, count);
     const cudaError_t error = cudaPeekAtLastError();
     if (st == HS_OK || error != cudaSuccess) return put(d, stream, what, error, why);
     /* a library has a runtime of its own: what it refused may be the device's failure */
@@ -359,6 +365,7 @@ static const hs_backend table = {
     hs_cuda::pinned,
     hs_cuda::pin,
     hs_cuda::check,
+    hs_cuda::together,
     hs_cuda::launch,
     hs_cuda::copy,
     hs_cuda::record,

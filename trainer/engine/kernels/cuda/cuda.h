@@ -20,7 +20,8 @@ extern "C" {
 #endif
 #include "kernels/args.h"
 
-#define HS_CUDA_VERSION 1 /* of the table below */
+#define HS_CUDA_VERSION  2  /* of the table below */
+#define HS_CUDA_TOGETHER 64 /* calls of one launch, at most */
 
 typedef struct hs_cuda_ctx {
     void *stream;        /* a cudaStream_t */
@@ -40,10 +41,16 @@ typedef struct hs_cuda_ctx {
  * (cudaGetLastError says why), or the emulator found a fault. */
 typedef hs_status (*hs_cuda_fn)(const hs_cuda_ctx *ctx, const hs_args *args);
 
+/* 1 to HS_CUDA_TOGETHER calls of one dtype, none of which touches what another writes, as one launch (or two, where a
+ * call is two). */
+typedef hs_status (*hs_cuda_together_fn)(const hs_cuda_ctx *ctx, const hs_args *args,
+                                         uint32_t count);
+
 typedef struct hs_cuda_table {
     uint32_t version; /* HS_CUDA_VERSION */
     uint32_t count;   /* HS_K_COUNT as the library was built */
     hs_cuda_fn fn[HS_K_COUNT];
+    hs_cuda_together_fn (*together)(uint16_t kernel); /* NULL: its calls go one by one */
 } hs_cuda_table;
 
 const hs_cuda_table *hs_cuda_kernels(void);
@@ -51,6 +58,19 @@ const hs_cuda_table *hs_cuda_kernels(void);
 #define X(number, NAME, name, ...)                                                                 \
     hs_status hs_cuda_##name(const hs_cuda_ctx *ctx, const hs_args *args);
 HS_KERNELS(X)
+#undef X
+
+/* Kernels that a step calls for each tensor. */
+#define HS_CUDA_TOGETHER_KERNELS(X)                                                                \
+    X(SUMSQ, sumsq)                                                                                \
+    X(SUMSQ_PARTS, sumsq_parts)                                                                    \
+    X(SUM, sum)                                                                                    \
+    X(ADAMW, adamw) X(ADAMW_COPY, adamw_copy) X(ZERO, zero) X(CAST, cast)
+
+#define X(NAME, name)                                                                              \
+    hs_status hs_cuda_##name##_together(const hs_cuda_ctx *ctx, const hs_args *args,               \
+                                        uint32_t count);
+HS_CUDA_TOGETHER_KERNELS(X)
 #undef X
 
 #ifdef __cplusplus

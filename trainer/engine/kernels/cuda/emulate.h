@@ -160,6 +160,7 @@ extern "C" uint64_t hs_emulated_products(void);
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 
 #define HS_SHARED(type, name, dims)                                                                \

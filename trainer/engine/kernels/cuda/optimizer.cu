@@ -1,6 +1,7 @@
 /* What runs once a step over whole tensors. Bits of the fast CPU set, sumsq too: its 16 double
  * lanes a block are 16 threads here, and the parts join by the same pairwise tree. */
 #include "kernels/cuda/lane.h"
+#include "kernels/cuda/together.h"
 
 #include "kernels/optimizer.h"
 
@@ -48,11 +49,21 @@ HS_DEVICE void sumsq_fetch(lanes<FLAT_F32> (&v)[SUMSQ_PACKS], const float *x, in
     }
 }
 
-__global__ void __launch_bounds__(FLAT)
-    sumsq_parts(double *part, const float *x, int64_t n, bool wide) {
+struct squared {
+    double *part;
+    const float *x;
+    int64_t n;
+    bool wide;
+};
+
+__global__ void __launch_bounds__(FLAT) sumsq_parts(const __grid_constant__ calls<squared> all) {
     HS_SHARED(sumsq_stages, stages, );
-    const int64_t first = (int64_t)blockIdx.x * HS_SUMSQ_BLOCK;
-    const int64_t end = min64(first + HS_SUMSQ_BLOCK, n);
+    int64_t block;
+    const squared &c = all.call[call_of_block(all, block)];
+    const float *const x = c.x;
+    const bool wide = c.wide;
+    const int64_t first = block * HS_SUMSQ_BLOCK;
+    const int64_t end = min64(first + HS_SUMSQ_BLOCK, c.n);
     double sum = 0;
     lanes<FLAT_F32> v[SUMSQ_PACKS];
     sumsq_fetch(v, x, first, end, wide);
@@ -71,13 +82,24 @@ __global__ void __launch_bounds__(FLAT)
             }
     }
     for (int bits = LANES / 2; bits; bits /= 2) sum = sum + __shfl_xor_sync(0xffffffffu, sum, bits);
-    if (threadIdx.x == 0) part[blockIdx.x] = sum;
+    if (threadIdx.x == 0) c.part[block] = sum;
 }
 
+struct joined_pairs {
+    double *out;
+    const double *from;
+    double *tree;
+    int64_t n;
+};
+
 /* Neighbours join, level by level, of `from` in `tree`, which may be the same; an odd one goes up as
- * it is. One block. */
+ * it is. A block a call. */
 __global__ void __launch_bounds__(FLAT)
-    join_pairs(double *out, const double *from, double *tree, int64_t n) {
+    join_pairs(const __grid_constant__ calls<joined_pairs> all) {
+    const joined_pairs &c = all.call[blockIdx.x];
+    const double *from = c.from;
+    double *const tree = c.tree;
+    int64_t n = c.n;
     for (; n > 1; n = (n + 1) / 2, from = tree)
         for (int64_t base = 0; base < (n + 1) / 2; base += FLAT) {
             const int64_t i = base + threadIdx.x;
@@ -90,19 +112,29 @@ __global__ void __launch_bounds__(FLAT)
             if (2 * i < n) tree[i] = sum;
             __syncthreads(); /* and written what is read next */
         }
-    if (threadIdx.x == 0) *out = from[0];
+    if (threadIdx.x == 0) *c.out = from[0];
 }
 
+/* What calls that go together share. */
 struct adamw_reals {
-    float beta1, rest1, beta2, rest2, eps, decay;
+    const hs_step_control *ctl;
+    float beta1, rest1, beta2, rest2, eps;
+};
+
+template <typename T> struct updated {
+    float *w, *m, *v, *g;
+    T *wc;
+    int64_t n;
+    float decay;
+    bool zero, wide;
 };
 
 /* AdamW of N elements in registers: g may be changed by nobody else, w, m and v are what it makes of them. */
 template <int N>
 HS_DEVICE void adamw_lanes(lanes<N> &w, lanes<N> &m, lanes<N> &v, const lanes<N> &g,
-                           const hs_step_control *ctl, const adamw_reals &k) {
-    const float clip = ctl->clip_scale, shrink = ctl->lr_decay * k.decay;
-    const float step_size = ctl->step_size, v_scale = ctl->v_scale;
+                           const adamw_reals &k, float decay) {
+    const float clip = k.ctl->clip_scale, shrink = k.ctl->lr_decay * decay;
+    const float step_size = k.ctl->step_size, v_scale = k.ctl->v_scale;
     for (int i = 0; i < N; i++) {
         const float gg = g.x[i] * clip;
         m.x[i] = v_fma(k.beta1, m.x[i], k.rest1 * gg);
@@ -113,52 +145,60 @@ HS_DEVICE void adamw_lanes(lanes<N> &w, lanes<N> &m, lanes<N> &v, const lanes<N>
     }
 }
 
-template <typename T>
+/* copy: only wc is written. */
+template <typename T, bool copy>
 __global__ void __launch_bounds__(FLAT)
-    adamw(float *w, float *m, float *v, float *g, T *wc, const hs_step_control *ctl,
-          const adamw_reals k, int64_t n, bool zero, bool wide) {
+    adamw(const __grid_constant__ calls<updated<T>> all, const adamw_reals k) {
     const int N = pack_of<T>::N; /* so that wc is written 16 bytes at a time */
-    const int64_t at = flat_index() * N, left = n - at;
-    if (at >= n) return;
-    const lanes<N> gv = load<N>(g + at, left, wide);
-    lanes<N> wv = load<N>(w + at, left, wide), mv = load<N>(m + at, left, wide),
-             vv = load<N>(v + at, left, wide);
-    adamw_lanes(wv, mv, vv, gv, ctl, k);
-    store(w + at, wv, left, wide);
-    store(m + at, mv, left, wide);
-    store(v + at, vv, left, wide);
-    if (zero) store(g + at, lanes<N>(), left, wide);
-    if (wc) store(wc + at, wv, left, wide);
+    int64_t block;
+    const updated<T> &c = all.call[call_of_block(all, block)];
+    const int64_t at = (block * FLAT + threadIdx.x) * N, left = c.n - at;
+    const bool wide = c.wide;
+    if (left <= 0) return;
+    const lanes<N> gv = load<N>(c.g + at, left, wide);
+    lanes<N> wv = load<N>(c.w + at, left, wide), mv = load<N>(c.m + at, left, wide),
+             vv = load<N>(c.v + at, left, wide);
+    adamw_lanes(wv, mv, vv, gv, k, c.decay);
+    if (!copy) {
+        store(c.w + at, wv, left, wide);
+        store(c.m + at, mv, left, wide);
+        store(c.v + at, vv, left, wide);
+        if (c.zero) store(c.g + at, lanes<N>(), left, wide);
+    }
+    if (copy || c.wc) store(c.wc + at, wv, left, wide);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(FLAT)
-    adamw_copy(T *wc, const float *w, const float *m, const float *v, const float *g,
-               const hs_step_control *ctl, const adamw_reals k, int64_t n, bool wide) {
-    const int N = pack_of<T>::N;
-    const int64_t at = flat_index() * N, left = n - at;
-    if (at >= n) return;
-    const lanes<N> gv = load<N>(g + at, left, wide);
-    lanes<N> wv = load<N>(w + at, left, wide), mv = load<N>(m + at, left, wide),
-             vv = load<N>(v + at, left, wide);
-    adamw_lanes(wv, mv, vv, gv, ctl, k);
-    store(wc + at, wv, left, wide);
-}
+struct zeroed {
+    unsigned char *dst;
+    int64_t bytes;
+    bool wide;
+};
 
-__global__ void __launch_bounds__(FLAT) zero(unsigned char *dst, int64_t bytes, bool wide) {
-    const int64_t at = flat_index() * 16;
-    if (wide && at + 16 <= bytes)
-        *reinterpret_cast<uint4 *>(dst + at) = uint4{0, 0, 0, 0};
+__global__ void __launch_bounds__(FLAT) zero(const __grid_constant__ calls<zeroed> all) {
+    int64_t block;
+    const zeroed &c = all.call[call_of_block(all, block)];
+    const int64_t at = (block * FLAT + threadIdx.x) * 16;
+    if (c.wide && at + 16 <= c.bytes)
+        *reinterpret_cast<uint4 *>(c.dst + at) = uint4{0, 0, 0, 0};
     else
-        for (int64_t i = at; i < min64(at + 16, bytes); i++) dst[i] = 0;
+        for (int64_t i = at; i < min64(at + 16, c.bytes); i++) c.dst[i] = 0;
 }
 
+template <typename T> struct narrowed {
+    T *dst;
+    const float *src;
+    int64_t n;
+    bool wide;
+};
+
 template <typename T>
-__global__ void __launch_bounds__(FLAT) cast(T *dst, const float *src, int64_t n, bool wide) {
+__global__ void __launch_bounds__(FLAT) cast(const __grid_constant__ calls<narrowed<T>> all) {
     const int N = pack_of<T>::N;
-    const int64_t at = flat_index() * N;
-    if (at >= n) return;
-    store(dst + at, load<N>(src + at, n - at, wide), n - at, wide);
+    int64_t block;
+    const narrowed<T> &c = all.call[call_of_block(all, block)];
+    const int64_t at = (block * FLAT + threadIdx.x) * N, left = c.n - at;
+    if (left <= 0) return;
+    store(c.dst + at, load<N>(c.src + at, left, c.wide), left, c.wide);
 }
 
 template <typename T> static hs_status add_acc_op(cudaStream_t stream, const hs_add_acc_args &a) {
@@ -178,77 +218,143 @@ template <typename T> static hs_status fold_op(cudaStream_t stream, const hs_fol
 }
 HS_CUDA_OP(fold)
 
-static hs_status square(cudaStream_t stream, void *part, const void *from, int64_t n) {
-    const int64_t blocks = hs_ceil_div(n, HS_SUMSQ_BLOCK);
+static void square(calls<squared> &all, unsigned &blocks, void *part, const void *from, int64_t n) {
     const float *x = static_cast<const float *>(from);
-    return HS_LAUNCH(sumsq_parts, (unsigned)blocks, FLAT, stream, static_cast<double *>(part), x, n,
-                     wide_at(x));
+    all.call[all.count] = squared{static_cast<double *>(part), x, n, wide_at(x)};
+    add_call(all, blocks, hs_ceil_div(n, HS_SUMSQ_BLOCK));
 }
 
-static hs_status join(cudaStream_t stream, void *out, const void *from, void *tree, int64_t n) {
-    return HS_LAUNCH(join_pairs, 1, FLAT, stream, static_cast<double *>(out),
-                     static_cast<const double *>(from), static_cast<double *>(tree), n);
+static void join(calls<joined_pairs> &all, unsigned &blocks, void *out, const void *from,
+                 void *tree, int64_t n) {
+    all.call[all.count] =
+        joined_pairs{static_cast<double *>(out), static_cast<const double *>(from),
+                     static_cast<double *>(tree), n};
+    add_call(all, blocks, 1);
 }
-
-template <typename T> static hs_status sumsq_op(cudaStream_t stream, const hs_sumsq_args &a) {
-    HS_TRY(square(stream, a.part, a.x, a.n));
-    return join(stream, a.out, a.part, a.part, hs_ceil_div(a.n, HS_SUMSQ_BLOCK));
-}
-HS_CUDA_OP(sumsq)
 
 template <typename T>
-static hs_status sumsq_parts_op(cudaStream_t stream, const hs_sumsq_parts_args &a) {
-    return square(stream, a.part, a.x, a.n);
+static hs_status sumsq_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    calls<squared> all = {};
+    calls<joined_pairs> joins = {};
+    unsigned blocks = 0, sums = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const hs_sumsq_args a = hs_sumsq_args_of(&args[i]);
+        square(all, blocks, a.part, a.x, a.n);
+        join(joins, sums, a.out, a.part, a.part, hs_ceil_div(a.n, HS_SUMSQ_BLOCK));
+    }
+    HS_TRY(HS_LAUNCH(sumsq_parts, blocks, FLAT, stream, all));
+    return HS_LAUNCH(join_pairs, sums, FLAT, stream, joins);
 }
-HS_CUDA_OP(sumsq_parts)
-
-template <typename T> static hs_status sum_op(cudaStream_t stream, const hs_sum_args &a) {
-    return join(stream, a.out, a.part, a.tree, a.n);
-}
-HS_CUDA_OP(sum)
-
-template <typename T> static hs_status adamw_op(cudaStream_t stream, const hs_adamw_args &a) {
-    const int64_t n = a.n, ZERO_G = a.ZERO_G;
-    float *w = static_cast<float *>(a.w), *m = static_cast<float *>(a.m);
-    float *v = static_cast<float *>(a.v), *g = static_cast<float *>(a.g);
-    T *wc = static_cast<T *>(a.wc);
-    const hs_step_control *ctl = static_cast<const hs_step_control *>(a.ctl);
-    const adamw_reals k = {(float)a.beta1,         (float)(1.0 - a.beta1), (float)a.beta2,
-                           (float)(1.0 - a.beta2), (float)a.eps,           (float)a.decay};
-    const bool wide = wide_at(w) && wide_at(m) && wide_at(v) && wide_at(g) && wide_at(wc);
-    return HS_LAUNCH(adamw, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, w, m, v, g,
-                     wc, ctl, k, n, ZERO_G != 0, wide);
-}
-HS_CUDA_OP(adamw)
+HS_CUDA_TOGETHER_OP(sumsq)
 
 template <typename T>
-static hs_status adamw_copy_op(cudaStream_t stream, const hs_adamw_copy_args &a) {
-    const int64_t n = a.n;
-    const float *w = static_cast<const float *>(a.w), *m = static_cast<const float *>(a.m);
-    const float *v = static_cast<const float *>(a.v), *g = static_cast<const float *>(a.g);
-    T *wc = static_cast<T *>(a.wc);
-    const hs_step_control *ctl = static_cast<const hs_step_control *>(a.ctl);
-    const adamw_reals k = {(float)a.beta1,         (float)(1.0 - a.beta1), (float)a.beta2,
-                           (float)(1.0 - a.beta2), (float)a.eps,           (float)a.decay};
-    const bool wide = wide_at(w) && wide_at(m) && wide_at(v) && wide_at(g) && wide_at(wc);
-    return HS_LAUNCH(adamw_copy, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, wc, w, m,
-                     v, g, ctl, k, n, wide);
+static hs_status sumsq_parts_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    calls<squared> all = {};
+    unsigned blocks = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const hs_sumsq_parts_args a = hs_sumsq_parts_args_of(&args[i]);
+        square(all, blocks, a.part, a.x, a.n);
+    }
+    return HS_LAUNCH(sumsq_parts, blocks, FLAT, stream, all);
 }
-HS_CUDA_OP(adamw_copy)
+HS_CUDA_TOGETHER_OP(sumsq_parts)
 
-template <typename T> static hs_status zero_op(cudaStream_t stream, const hs_zero_args &a) {
-    const int64_t bytes = a.bytes;
-    unsigned char *dst = static_cast<unsigned char *>(a.dst);
-    return HS_LAUNCH(zero, flat_blocks(hs_ceil_div(bytes, 16)), FLAT, stream, dst, bytes,
-                     wide_at(dst));
+template <typename T>
+static hs_status sum_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    calls<joined_pairs> joins = {};
+    unsigned sums = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const hs_sum_args a = hs_sum_args_of(&args[i]);
+        join(joins, sums, a.out, a.part, a.tree, a.n);
+    }
+    return HS_LAUNCH(join_pairs, sums, FLAT, stream, joins);
 }
-HS_CUDA_OP(zero)
+HS_CUDA_TOGETHER_OP(sum)
 
-template <typename T> static hs_status cast_op(cudaStream_t stream, const hs_cast_args &a) {
-    const int64_t n = a.n;
-    T *dst = static_cast<T *>(a.dst);
-    const float *src = static_cast<const float *>(a.src);
-    return HS_LAUNCH(cast, flat_blocks(hs_ceil_div(n, pack_of<T>::N)), FLAT, stream, dst, src, n,
-                     wide_at(dst) && wide_at(src));
+/* adamw_copy writes wc alone, and is told the other operands in another order. */
+static hs_adamw_args update_of(const hs_args *args, bool copy) {
+    if (!copy) return hs_adamw_args_of(args);
+    const hs_adamw_copy_args a = hs_adamw_copy_args_of(args);
+    return hs_adamw_args{a.w, a.m,     a.v,     a.g,   a.wc,    a.ctl,  a.n,
+                         0,   a.beta1, a.beta2, a.eps, a.decay, a.dtype};
 }
-HS_CUDA_OP(cast)
+
+static bool share_reals(const hs_adamw_args &a, const hs_adamw_args &b) {
+    return a.ctl == b.ctl && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps;
+}
+
+template <typename T, bool copy>
+static hs_status update(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    uint32_t i = 0;
+    while (i < count) {
+        const hs_adamw_args a = update_of(&args[i], copy);
+        const adamw_reals k = {static_cast<const hs_step_control *>(a.ctl),
+                               (float)a.beta1,
+                               (float)(1.0 - a.beta1),
+                               (float)a.beta2,
+                               (float)(1.0 - a.beta2),
+                               (float)a.eps};
+        calls<updated<T>> all = {};
+        unsigned blocks = 0;
+        for (; i < count; i++) {
+            const hs_adamw_args b = update_of(&args[i], copy);
+            if (!share_reals(a, b)) break;
+            updated<T> u = {static_cast<float *>(b.w),
+                            static_cast<float *>(b.m),
+                            static_cast<float *>(b.v),
+                            static_cast<float *>(b.g),
+                            static_cast<T *>(b.wc),
+                            b.n,
+                            (float)b.decay,
+                            b.ZERO_G != 0,
+                            false};
+            u.wide = wide_at(u.w) && wide_at(u.m) && wide_at(u.v) && wide_at(u.g) && wide_at(u.wc);
+            all.call[all.count] = u;
+            add_call(all, blocks, flat_blocks(hs_ceil_div(b.n, pack_of<T>::N)));
+        }
+        static_assert(sizeof all + sizeof k <= 4096, "arguments of a kernel");
+        HS_TRY(HS_LAUNCH((adamw<T, copy>), blocks, FLAT, stream, all, k));
+    }
+    return HS_OK;
+}
+
+template <typename T>
+static hs_status adamw_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    return update<T, false>(stream, args, count);
+}
+HS_CUDA_TOGETHER_OP(adamw)
+
+template <typename T>
+static hs_status adamw_copy_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    return update<T, true>(stream, args, count);
+}
+HS_CUDA_TOGETHER_OP(adamw_copy)
+
+template <typename T>
+static hs_status zero_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    calls<zeroed> all = {};
+    unsigned blocks = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const hs_zero_args a = hs_zero_args_of(&args[i]);
+        unsigned char *dst = static_cast<unsigned char *>(a.dst);
+        all.call[all.count] = zeroed{dst, a.bytes, wide_at(dst)};
+        add_call(all, blocks, flat_blocks(hs_ceil_div(a.bytes, 16)));
+    }
+    return HS_LAUNCH(zero, blocks, FLAT, stream, all);
+}
+HS_CUDA_TOGETHER_OP(zero)
+
+template <typename T>
+static hs_status cast_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
+    calls<narrowed<T>> all = {};
+    unsigned blocks = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const hs_cast_args a = hs_cast_args_of(&args[i]);
+        T *dst = static_cast<T *>(a.dst);
+        const float *src = static_cast<const float *>(a.src);
+        all.call[all.count] = narrowed<T>{dst, src, a.n, wide_at(dst) && wide_at(src)};
+        add_call(all, blocks, flat_blocks(hs_ceil_div(a.n, pack_of<T>::N)));
+    }
+    return HS_LAUNCH((cast<T>), blocks, FLAT, stream, all);
+}
+HS_CUDA_TOGETHER_OP(cast)
