@@ -35,6 +35,7 @@ from tests.engine.test_device import (
     library,
     runs,
 )
+from tests.gpu.roofline import TOGETHER
 from trainer import wire
 from trainer.plan.compiled import Plan
 from trainer.plan.memory import staging_bytes
@@ -152,9 +153,9 @@ def test_pinned_memory_is_what_the_plan_says(runs: MakeRuns, parallel: dict[str,
 
 
 def launches(calls: Sequence[BoundCall]) -> int:
-    """Of a program whose calls for tensors (``HS_CUDA_TOGETHER_KERNELS``) may change places with all others, and are fp32."""
+    """Of a program whose calls for tensors may change places with all others, and are fp32."""
     kernels = [call.kernel for call in calls]
-    together = [name for name in kernels if name in ("sumsq", "adamw", "zero", "cast")]
+    together = [name for name in kernels if name in TOGETHER]
     return len(kernels) - len(together) + len(set(together))
 
 

@@ -4,9 +4,11 @@ probes of the same process allow: bytes at the rate of a copy, products at that 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,11 @@ from trainer.wire.kernels import KERNELS
 
 CACHE_BYTES = 1 << 28  # operands are taken from sets of this much, several times the last cache: they come from memory
 LONG_S = 0.02  # of a measurement
+CUDA = Path(__file__).resolve().parents[2] / "trainer" / "engine" / "kernels" / "cuda" / "cuda.h"
+TOGETHER = frozenset(
+    re.findall(r"X\([A-Z_]+, (\w+)\)", re.split(r"define HS_CUDA_TOGETHER_KERNELS|define X", CUDA.read_text())[-2])
+)
+"""Kernels whose calls for tensors are a launch."""
 PRODUCTS = ("linear", "attention", "logits", "classifier", "quantised")
 
 
@@ -52,14 +59,21 @@ class Timed:
 
 
 def calls_of(plan: Plan) -> Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]]:
-    """The step's calls of the first position that differ, and how often each is made."""
+    """The step's calls of the first position that differ, and how often each is made. Those for tensors that go
+    together are one of all their elements."""
     position = plan.positions[0]
     found: Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]] = Counter()
     runs = Counter(action.program for action in position.step if action.program is not None)
     for name, times in runs.items():
+        elements: Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]] = Counter()
         for call in position.programs[name].calls:
             absent = tuple(ref is None or ref.space == wire.SPACE_NONE for ref in call.ptr)
-            found[call.kernel, call.dtype, tuple(call.dim), tuple(call.real), absent] += times
+            if call.kernel in TOGETHER:
+                elements[call.kernel, call.dtype, tuple(call.dim[1:]), tuple(call.real), absent] += call.dim[0]
+            else:
+                found[call.kernel, call.dtype, tuple(call.dim), tuple(call.real), absent] += times
+        for (kernel, dtype, rest, reals, absent), count in elements.items():
+            found[kernel, dtype, (count, *rest), reals, absent] += times
     return found
 
 

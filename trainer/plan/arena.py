@@ -275,7 +275,9 @@ class PositionMemory:
                     self.tied_received[use.position] = arena.ref(size, "gradients")
             blocks = 0
             for n in self.owned:
-                self.blocks[n] = Ref(wire.SPACE_STATIC, blocks, 8 * -(-self.job.tensors[n].elements // wire.SUMSQ_BLOCK))
+                self.blocks[n] = Ref(
+                    wire.SPACE_STATIC, blocks, 8 * -(-self.job.tensors[n].elements // wire.SUMSQ_BLOCK)
+                )
                 blocks += align(self.blocks[n].bytes)
             if self.job.norms_at_once:  # beside what the backward has
                 beside = arena.take(blocks, "scratch")

@@ -148,7 +148,7 @@ static hs_status library(hs_why *why) {
     const hs_args args = hs_linear_fwd_args_to(&a);
     const hs_product_table *const products = backend->products;
     hs_algorithm chosen;
-    HS_TRY(products->need(device, HS_K_LINEAR_FWD, &args, 1, why));
+    HS_TRY(products->need(device, HS_K_LINEAR_FWD, &args, why));
     HS_TRY(products->choose(device, &chosen, why));
     HS_TRY(products->use(device, &chosen, 1, why));
     HS_TRY(backend->launch(device, HS_STREAM_COMPUTE, HS_K_LINEAR_FWD, &args, 1, why));
