@@ -21,7 +21,7 @@ from flows.proxies import pass_loopback_by
 
 EXIT_CODES = """
 \b
-Exit codes of train, runs resume and demo:
+Exit codes of train, sweep (of its first run that failed), runs resume and demo:
    0  the run succeeded
    1  the run was cancelled
    2  wrong command line
