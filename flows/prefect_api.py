@@ -128,7 +128,7 @@ def configured() -> Configured | None:
             f"Prefect's API is {found.shown!r} ({found.source}), which is no address; write it as "
             "http://host:4200/api, without quotes or blanks"
         )
-    reach_directly(url, os.environ)
+    reach_directly(lambda: url, os.environ)
     return found
 
 

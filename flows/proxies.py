@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import re
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from urllib.parse import parse_qs, urlsplit
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -40,15 +40,14 @@ def pass_loopback_by(environment: MutableMapping[str, str]) -> None:
     environment["no_proxy"] = environment["NO_PROXY"] = ",".join(entries)
 
 
-def reach_directly(url: str, environment: MutableMapping[str, str]) -> None:
+def reach_directly(server: Callable[[], str | None], environment: MutableMapping[str, str]) -> None:
     """Add the host of a server that was found later (in a profile, an option, a spec), where the list names it by a
-    range. ``url``: the server's, or that of a store, whose endpoint is in it or in boto3's configuration. To be called
-    before a client is made.
+    range. ``server``: gives its URL, if there is one. To be called before a client is made.
     """
     said = _said(environment)
     if not _named(environment) or "*" in said.split(","):
         return
-    for host in _hosts((url, *_endpoints(url, profile=True)), said):
+    for host in _hosts((server() or "",), said):
         if host not in said.split(","):
             environment["no_proxy"] = environment["NO_PROXY"] = f"{said},{host}"
 
@@ -71,16 +70,8 @@ def _said(environment: MutableMapping[str, str]) -> str:
     return environment.get("no_proxy", environment.get("NO_PROXY", ""))
 
 
-def _endpoints(store: str, profile: bool = False) -> list[str]:
-    """Of a store's address; with ``profile`` what boto3's configuration names, where the address says nothing."""
-    if not store.lower().startswith("s3:"):
-        return []
-    said = parse_qs(urlsplit(store).query).get("endpoint", [])
-    if said or not profile:
-        return said
-    from checkpoint.store.s3_settings import endpoint  # boto3 takes 0.3 s to import, and such a store needs it
-
-    return [found] if (found := endpoint()) else []
+def _endpoints(store: str) -> list[str]:
+    return parse_qs(urlsplit(store).query).get("endpoint", []) if store.lower().startswith("s3:") else []
 
 
 def _within(said: str, environment: MutableMapping[str, str]) -> Iterator[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from checkpoint.errors import StoreRefused
-from checkpoint.store.address import address, folder_of
+from checkpoint.store.address import address, endpoint_of, folder_of
 from checkpoint.store.base import Data, Info, Pace, Store
 from checkpoint.store.file import FileStore
 from checkpoint.store.memory import MemoryStore
 from checkpoint.store.overlay import SCHEME, OverlayStore, open_overlay
 
-__all__ = ["Data", "Info", "OverlayStore", "Pace", "Store", "address", "open_store"]
+__all__ = ["Data", "Info", "OverlayStore", "Pace", "Store", "address", "endpoint_of", "open_store"]
 
 
 def open_store(url: str) -> Store:

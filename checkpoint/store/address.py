@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
+from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 from checkpoint.errors import StoreRefused
 
@@ -54,6 +54,21 @@ def address(text: str) -> str:
     if path == Path("/"):
         raise StoreRefused(f"store {text!r}: not the root folder; give a folder below it")
     return path.as_uri()
+
+
+def endpoint_of(url: str) -> str | None:
+    """The server of a store in S3, by its address, else by boto3's configuration; None: AWS's own, or no S3."""
+    if not url.lower().startswith("s3:"):
+        return None
+    try:
+        said = parse_qs(urlsplit(url).query).get("endpoint")
+    except ValueError:  # opening it says what is wrong
+        return None
+    if said:
+        return said[0]
+    from checkpoint.store.s3_settings import endpoint  # boto3 takes 0.3 s to import, and such a store needs it
+
+    return endpoint()
 
 
 def _absolute(text: str) -> str:

@@ -49,10 +49,9 @@ def endpoint() -> str | None:
     """Of S3, where the environment or the profile names one: what a client takes whose address says nothing."""
     try:
         made = boto3.session.Session()._session
-        profile, everything = made.get_scoped_config(), made.full_config
-    except botocore.exceptions.BotoCoreError:
-        return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")  # a store says what is wrong
-    found = ConfiguredEndpointProvider(everything, profile, "s3").provide()
+        found = ConfiguredEndpointProvider(made.full_config, made.get_scoped_config(), "s3").provide()
+    except botocore.exceptions.BotoCoreError:  # opening the store says what is wrong
+        return None
     return str(found) if found else None
 
 

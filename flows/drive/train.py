@@ -21,7 +21,7 @@ from pathlib import Path
 
 from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog, ended_body
-from checkpoint.store import Store, address, open_store
+from checkpoint.store import Store, address, endpoint_of, open_store
 from flows.drive.amend import Wish
 from flows.drive.begin import prepare_run
 from flows.drive.claims import StoreClaims
@@ -63,7 +63,7 @@ def store_at(url: str | None) -> Store:
 def store_url(text: str | None) -> str:
     """The URL of a store as a person wrote it; of the default one for None."""
     url = address(default_store() if text is None else text)
-    reach_directly(url, os.environ)
+    reach_directly(partial(endpoint_of, url), os.environ)
     return url
 
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from botocore.utils import get_environ_proxies
 
+from flows.drive.train import store_url
 from flows.proxies import pass_loopback_by, reach_directly
 from k8s.proxy import passes_by, proxy_for
 from tests.flows.conftest import Api
@@ -92,10 +93,8 @@ def test_servers_within_a_range_are_reached_directly_by_all(monkeypatch: pytest.
     ("url", "reached"),
     [
         ("http://10.1.2.3:4200/api", ["http://10.1.2.3:4200"]),  # of a profile of Prefect's
-        ("s3://b/p?endpoint=http://10.7.7.7:9000", ["http://10.7.7.7:9000"]),  # of --store, or a corpus
-        ("s3://b/p", []),
         ("http://192.0.2.1/api", []),
-        ("/data/runs?endpoint=http://10.9.9.9", []),
+        ("", []),
     ],
 )
 def test_servers_that_are_found_later_too(monkeypatch: pytest.MonkeyPatch, url: str, reached: list[str]) -> None:
@@ -103,8 +102,8 @@ def test_servers_that_are_found_later_too(monkeypatch: pytest.MonkeyPatch, url: 
     monkeypatch.setenv("NO_PROXY", "10.0.0.0/8")
     pass_loopback_by(os.environ)
     before = os.environ["NO_PROXY"]
-    reach_directly(url, os.environ)
-    reach_directly(url, os.environ)
+    reach_directly(lambda: url, os.environ)
+    reach_directly(lambda: url, os.environ)
     assert len(os.environ["NO_PROXY"].split(",")) == len(before.split(",")) + len(reached)
     for server in reached:
         assert get_environ_proxies(server) == {}
@@ -167,11 +166,13 @@ def test_the_endpoint_of_a_profile_is_reached_directly_too(monkeypatch: pytest.M
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.example:3128")
     monkeypatch.setenv("NO_PROXY", "10.0.0.0/8")
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    reach_directly("s3://b/p", os.environ)  # opening the store says what is wrong
+    store_url("s3://b/p")  # opening the store says what is wrong
     assert os.environ["NO_PROXY"] == "10.0.0.0/8"
     monkeypatch.setenv("AWS_PROFILE", "mine")
-    reach_directly("s3://b/p", os.environ)
-    assert os.environ["NO_PROXY"] == "10.0.0.0/8,10.8.8.8"
+    store_url("s3://b/p")
+    store_url("s3://b/p?endpoint=http://10.7.7.7:9000")
+    store_url("/data/runs?endpoint=http://10.9.9.9")
+    assert os.environ["NO_PROXY"] == "10.0.0.0/8,10.8.8.8,10.7.7.7"
 
 
 def test_without_a_proxy_nothing_is_touched() -> None:

@@ -15,6 +15,7 @@ import threading
 from typing import Any
 
 from checkpoint.errors import NotFound, StoreError
+from checkpoint.store import endpoint_of
 from flows.data.sources.base import Entry, changed, vanished
 from flows.proxies import reach_directly
 from trainer.errors import DatasetError
@@ -95,7 +96,7 @@ def _store(address: str) -> Any:
     if address not in made:
         from checkpoint.store.s3_address import open_s3  # boto3 takes 0.3 s to import: only where it is used
 
-        reach_directly(address, os.environ)
+        reach_directly(functools.partial(endpoint_of, address), os.environ)
         made[address] = open_s3(address)
     return made[address]
 
