@@ -102,8 +102,8 @@ static void *workspace() {
 }
 
 /* Of the device that products are for. */
-extern "C" uint32_t hs_test_capability;
-uint32_t hs_test_capability = 90;
+extern "C" uint32_t hs_test_capability, hs_test_processors;
+uint32_t hs_test_capability = 90, hs_test_processors = 1;
 
 extern "C" int hs_test_cuda(uint32_t path, uint32_t kernel, uint32_t dtype, void *const *ptrs,
                             const int64_t *dims, const double *reals) {
@@ -133,6 +133,8 @@ extern "C" int hs_test_products(uint32_t kernel, uint32_t dtype, void *const *pt
     hs_why why = {};
     hs_cuda_ctx ctx = {};
     ctx.path = HS_PATH_CUDA;
+    ctx.capability = hs_test_capability;
+    ctx.processors = hs_test_processors;
     ctx.why = &why;
     ctx.workspace = workspace();
     ctx.workspace_bytes = HS_CUDA_WORKSPACE;

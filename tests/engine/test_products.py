@@ -228,6 +228,23 @@ def test_every_block_of_rows_has_the_same_key(kernels: KernelLib, cuda: CudaLib)
     assert_close_to_ref(kernels, call, call.run(cuda, "library"))
 
 
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_rows_of_logits_in_shared_memory_have_the_same_bits(kernels: KernelLib, cuda: CudaLib, dtype: int) -> None:
+    """Several rows a block, one of them left out, the last pack half there; without processors rows are read twice."""
+    call = Call.make(kernels, Case("classifier_grad", (13, 3, 8204, 6, 0), (0.5,)), dtype)
+    processors = ctypes.c_uint32.in_dll(cuda.c, "hs_test_processors")
+    found = []
+    for number in (1, 0):
+        processors.value = number
+        try:
+            results = call.run(cuda, "library")
+        finally:
+            processors.value = 1
+        found.append([x.tobytes() for x in results])
+        assert_close_to_ref(kernels, call, results)
+    assert found[0] == found[1]
+
+
 def test_numbers_and_sizes_are_those_of_the_header() -> None:
     assert (ctypes.sizeof(wire.AlgorithmKey), ctypes.sizeof(wire.Algorithm), ctypes.sizeof(wire.Algorithms)) == (
         72, 152, 152,

@@ -163,6 +163,7 @@ static hs_status make(const hs_device_config *config, hs_device *d, hs_device_fa
     d->table = hs_cuda_kernels();
     d->kernels.path = config->kernel_path == HS_PATH_CUDA_EXACT ? HS_PATH_CUDA_EXACT : HS_PATH_CUDA;
     d->kernels.capability = facts->capability;
+    d->kernels.processors = (uint32_t)d->processors;
     d->kernels.workspace_bytes = HS_CUDA_WORKSPACE;
     if (d->kernels.path == HS_PATH_CUDA)
         HS_TRY(hs_products_create(d->name, facts->capability, &d->kernels.products, why));

@@ -7,6 +7,7 @@
  */
 #include "kernels/cuda/by_library.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/tensor.h"
 
 #include "kernels/classifier.h"
 
@@ -93,7 +94,13 @@ static hs_status classifier_logits(cudaStream_t stream, float *logits, const T *
 
 /* --- path cuda -------------------------------------------------------------------------------- */
 
-enum { LOSS_THREADS = 512, LOSS_WARPS = LOSS_THREADS / 32, LOSS_PACK = 8 };
+enum {
+    LOSS_THREADS = 512,
+    LOSS_WARPS = LOSS_THREADS / 32,
+    LOSS_PACK = 8,
+    LOSS_STEP = LOSS_THREADS * LOSS_PACK,
+    LOSS_STAGES = 14 /* packs of a thread that shared memory may hold: rows of 57,344 */
+};
 
 /* The largest of some logits, and the sum of exp(logit - largest). */
 struct loss_sum {
@@ -103,6 +110,39 @@ struct loss_sum {
 HS_DEVICE loss_sum joined(loss_sum a, loss_sum b) {
     const float top = v_max(a.top, b.top);
     return loss_sum{top, a.sum * v_exp(a.top - top) + b.sum * v_exp(b.top - top)};
+}
+
+HS_DEVICE loss_sum with_pack(loss_sum s, const lanes<LOSS_PACK> &x, int64_t left) {
+    float top = s.top;
+    for (int i = 0; i < LOSS_PACK; i++)
+        if (i < left) top = v_max(top, x.x[i]);
+    if (top > s.top) s = loss_sum{top, s.sum * v_exp(s.top - top)};
+    for (int i = 0; i < LOSS_PACK; i++)
+        if (i < left) s.sum = s.sum + v_exp(x.x[i] - s.top);
+    return s;
+}
+
+HS_DEVICE loss_sum of_the_block(loss_sum (&warps)[LOSS_WARPS], loss_sum s) {
+    for (int bits = 16; bits; bits /= 2) {
+        const loss_sum other = {__shfl_xor_sync(0xffffffffu, s.top, bits),
+                                __shfl_xor_sync(0xffffffffu, s.sum, bits)};
+        s = threadIdx.x & (unsigned)bits ? joined(other, s) : joined(s, other);
+    }
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
+    __syncthreads();
+    s = warps[0];
+    for (int i = 1; i < LOSS_WARPS; i++) s = joined(s, warps[i]);
+    return s;
+}
+
+/* dlogits of a pack, whose element `own` is the target's. */
+HS_DEVICE lanes<LOSS_PACK> gradient_of(lanes<LOSS_PACK> x, loss_sum s, int64_t own, float scale,
+                                       float factor) {
+    for (int i = 0; i < LOSS_PACK; i++) {
+        const float p = v_exp(x.x[i] - s.top);
+        x.x[i] = i == own ? (v_div(p, s.sum) - 1.0f) * scale : p * factor;
+    }
+    return x;
 }
 
 /* A row of a chunk in two passes over its logits: largest and sum together, then its gradient. The
@@ -117,7 +157,7 @@ __global__ void __launch_bounds__(LOSS_THREADS)
     const int64_t r = blockIdx.x;
     const int32_t own = target[r];
     const float *z = logits + r * V;
-    const int64_t first = (int64_t)threadIdx.x * N, step = LOSS_THREADS * N;
+    const int64_t first = (int64_t)threadIdx.x * N;
     if (own < 0) {
         if (threadIdx.x == 0) loss[r] = 0.0f;
         if (dlogits)
@@ -126,43 +166,105 @@ __global__ void __launch_bounds__(LOSS_THREADS)
         return;
     }
     loss_sum s = {z[0], 0.0f};
-    for (int64_t v = first; v < V; v += step) {
-        const lanes<N> x = load<N>(z + v, V - v, wide);
-        float top = s.top;
-        for (int i = 0; i < N; i++)
-            if (v + i < V) top = v_max(top, x.x[i]);
-        if (top > s.top) s = loss_sum{top, s.sum * v_exp(s.top - top)};
-        for (int i = 0; i < N; i++)
-            if (v + i < V) s.sum = s.sum + v_exp(x.x[i] - s.top);
-    }
-    for (int bits = 16; bits; bits /= 2) {
-        const loss_sum other = {__shfl_xor_sync(0xffffffffu, s.top, bits),
-                                __shfl_xor_sync(0xffffffffu, s.sum, bits)};
-        s = threadIdx.x & (unsigned)bits ? joined(other, s) : joined(s, other);
-    }
+    for (int64_t v = first; v < V; v += LOSS_STEP)
+        s = with_pack(s, load<N>(z + v, V - v, wide), V - v);
     const float logit = z[own]; /* dlogits may be logits */
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = s;
-    __syncthreads();
-    s = warps[0];
-    for (int i = 1; i < LOSS_WARPS; i++) s = joined(s, warps[i]);
+    s = of_the_block(warps, s);
     if (threadIdx.x == 0) loss[r] = (s.top - logit) + log1_f32(s.sum);
     if (!dlogits) return;
     const float factor = v_div(scale, s.sum);
-    for (int64_t v = first; v < V; v += step) {
-        lanes<N> x = load<N>(z + v, V - v, wide);
-        for (int i = 0; i < N; i++) {
-            const float p = v_exp(x.x[i] - s.top);
-            x.x[i] = v + i == own ? (v_div(p, s.sum) - 1.0f) * scale : p * factor;
-        }
-        store(dlogits + r * V + v, x, V - v, wide_out);
+    for (int64_t v = first; v < V; v += LOSS_STEP) {
+        const lanes<N> x = load<N>(z + v, V - v, wide);
+        store(dlogits + r * V + v, gradient_of(x, s, own - v, scale, factor), V - v, wide_out);
     }
+}
+
+/* A thread's place in shared memory of half a pack: neighbours lie side by side. */
+HS_DEVICE float *half_pack(float *row, int pack, int half) {
+    return row + ((2 * pack + half) * LOSS_THREADS + (int)threadIdx.x) * (LOSS_PACK / 2);
+}
+
+/* Copies a pack of a row of `there` elements, or nothing, as a group. */
+HS_DEVICE void fetch_pack(float *row, int pack, const float *from, int64_t there) {
+    const int64_t v = (int64_t)threadIdx.x * LOSS_PACK + (int64_t)pack * LOSS_STEP;
+    for (int half = 0; half < 2; half++)
+        if (v + 4 * half < there) hs_copy16(half_pack(row, pack, half), from + v + 4 * half, true);
+    hs_copies_end();
+}
+
+HS_DEVICE lanes<LOSS_PACK> staged_pack(float *row, int pack) {
+    const lanes<4> a = load<4>(half_pack(row, pack, 0), 4, true),
+                   b = load<4>(half_pack(row, pack, 1), 4, true);
+    lanes<LOSS_PACK> x;
+    for (int i = 0; i < 4; i++) x.x[i] = a.x[i], x.x[4 + i] = b.x[i];
+    return x;
+}
+
+/* classifier_loss with its row in shared memory, so that logits are read once: a block takes rows blockIdx.x,
+ * blockIdx.x + gridDim.x, ..., a thread copies and reads its own packs alone. Where a pack of the gradient has been
+ * made, the next row's comes into its place. V is a multiple of 4. The same sums in the same order. */
+template <typename T>
+__global__ void __launch_bounds__(LOSS_THREADS)
+    classifier_loss_staged(float *loss, const float *logits, T *dlogits, const int32_t *target,
+                           int64_t V, int64_t rows, float scale, bool wide_out) {
+    HS_DYNAMIC_SHARED(bytes);
+    HS_SHARED(loss_sum, warps, [2][LOSS_WARPS]);
+    float *const row = reinterpret_cast<float *>(bytes);
+    const int64_t first = (int64_t)threadIdx.x * LOSS_PACK;
+    for (int pack = 0; pack < LOSS_STAGES; pack++)
+        fetch_pack(row, pack, logits + blockIdx.x * V, V);
+    int turn = 0;
+    for (int64_t r = blockIdx.x; r < rows; r += gridDim.x, turn ^= 1) {
+        const float *z = logits + r * V, *const next = z + gridDim.x * V;
+        const int64_t next_there = r + gridDim.x < rows ? V : 0;
+        const int32_t own = target[r];
+        const float logit = own < 0 ? 0.0f : z[own]; /* dlogits may be logits */
+        loss_sum s = {z[0], 0.0f};
+#pragma unroll 1
+        for (int pack = 0; pack < LOSS_STAGES; pack++) {
+            hs_copies_wait<LOSS_STAGES - 1>(); /* for the oldest group; an empty one follows */
+            hs_copies_end();
+            const int64_t v = first + (int64_t)pack * LOSS_STEP;
+            if (v < V) s = with_pack(s, staged_pack(row, pack), V - v);
+        }
+        s = of_the_block(warps[turn], s);
+        if (threadIdx.x == 0) loss[r] = own < 0 ? 0.0f : (s.top - logit) + log1_f32(s.sum);
+        const float factor = v_div(scale, s.sum);
+#pragma unroll 1
+        for (int pack = 0; pack < LOSS_STAGES; pack++) {
+            const int64_t v = first + (int64_t)pack * LOSS_STEP;
+            lanes<LOSS_PACK> x = {};
+            if (v < V) x = staged_pack(row, pack);
+            fetch_pack(row, pack, next, next_there);
+            if (v >= V) continue;
+            x = own < 0 ? lanes<LOSS_PACK>() : gradient_of(x, s, own - v, scale, factor);
+            store(dlogits + r * V + v, x, V - v, wide_out);
+        }
+    }
+}
+
+template <typename T>
+static hs_status losses(const hs_cuda_ctx *ctx, float *loss, const float *logits, T *dlogits,
+                        const int32_t *target, int64_t V, int64_t rows, float scale) {
+    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
+    const bool wide = wide_at(logits, V), wide_out = wide_at(dlogits, V);
+    const int64_t bytes = hs_ceil_div(V, LOSS_STEP) * LOSS_STEP * (int64_t)sizeof(float);
+    /* of a block, beside warps and what a launch takes */
+    const int64_t room = (int64_t)hs_cuda_shared_bytes(ctx->capability) - 2048;
+    if (!dlogits || !wide || !ctx->processors || bytes > room || V > LOSS_STAGES * LOSS_STEP)
+        return HS_LAUNCH(classifier_loss, (unsigned)rows, LOSS_THREADS, stream, loss, logits,
+                         dlogits, target, V, scale, wide, wide_out);
+    const int64_t each = room / bytes < 4 ? room / bytes : 4;
+    const int64_t blocks = each * ctx->processors < rows ? each * ctx->processors : rows;
+    const auto staged = classifier_loss_staged<T>;
+    return HS_LAUNCH_SHARED(staged, (unsigned)blocks, LOSS_THREADS, (size_t)bytes, stream, loss,
+                            logits, dlogits, target, V, rows, scale, wide_out);
 }
 
 /* Products of hs_products_of, and the rows between them. */
 template <typename T>
 static hs_status by_chunks(const hs_cuda_ctx *ctx, uint16_t kernel, const hs_args &args,
                            const hs_classifier_grad_args &a) {
-    const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     hs_product all[HS_PRODUCTS_OF_A_CALL];
     (void)hs_products_of(kernel, &args, NULL, all);
     const int each = kernel == HS_K_CLASSIFIER_GRAD ? 3 : 1;
@@ -176,10 +278,8 @@ static hs_status by_chunks(const hs_cuda_ctx *ctx, uint16_t kernel, const hs_arg
         hs_product z = p[0];
         z.a.at = x;
         HS_TRY(hs_products_run(ctx->products, ctx, &z));
-        HS_TRY(HS_LAUNCH(classifier_loss, (unsigned)rows, LOSS_THREADS, stream,
-                         static_cast<float *>(a.loss) + r, logits, dlogits,
-                         static_cast<const int32_t *>(a.target) + r, a.V, (float)a.scale,
-                         wide_at(logits, a.V), wide_at(dlogits, a.V)));
+        HS_TRY(losses<T>(ctx, static_cast<float *>(a.loss) + r, logits, dlogits,
+                         static_cast<const int32_t *>(a.target) + r, a.V, rows, (float)a.scale));
         if (each == 1) continue;
         hs_product dx = p[1], dw = p[2];
         dx.out = static_cast<T *>(a.dx) + r * a.C;

@@ -20,13 +20,14 @@ extern "C" {
 #endif
 #include "kernels/args.h"
 
-#define HS_CUDA_VERSION  2  /* of the table below */
+#define HS_CUDA_VERSION  3  /* of the table below */
 #define HS_CUDA_TOGETHER 64 /* calls of one launch, at most */
 
 typedef struct hs_cuda_ctx {
     void *stream;        /* a cudaStream_t */
     uint32_t path;       /* HS_PATH_CUDA, or HS_PATH_CUDA_EXACT, which 0 means too */
     uint32_t capability; /* of the device: 90 */
+    uint32_t processors; /* of the device; 0: not known */
     void *workspace; /* the device's, of this stream alone, aligned to 256 bytes: what lies there
                              * means nothing between two calls. NULL: none (then the path is exact) */
     size_t workspace_bytes;       /* HS_CUDA_WORKSPACE */

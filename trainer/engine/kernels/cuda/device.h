@@ -164,6 +164,13 @@ HS_DEVICE int64_t quotient(int64_t a, int64_t b) {
     return ((uint64_t)(a | b) >> 32) ? a / b : (int64_t)((uint32_t)a / (uint32_t)b);
 }
 
+/* Host side: shared memory that a block may have, by CUDA's programming guide. */
+static inline int64_t hs_cuda_shared_bytes(uint32_t capability) {
+    const bool large = capability >= 90 && capability < 120,
+               ampere = capability == 80 || capability == 87;
+    return (int64_t)(large ? 227 : ampere ? 163 : 99) << 10;
+}
+
 /* Elementwise kernels: blocks of FLAT threads, a thread does one pack. */
 enum { FLAT = 256 };
 static inline unsigned flat_blocks(int64_t items) {
