@@ -129,7 +129,7 @@ def test_muon_copy_has_the_bits_that_muon_copies(kernels: KernelLib, dtype: int)
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
 def test_linear_is_one_chain(kernels: KernelLib, dtype: int) -> None:
     """The order contract of linear.h to the last bit: one fma chain, then bias, then residual, then one rounding."""
-    r, n, k = 15, 37, 801
+    r, n, k = 15, 37, 1101
     rng = np.random.default_rng(5)
     x, w = (encode(rng.normal(size=s), dtype) for s in ((r, k), (n, k)))
     b, res = rng.normal(size=n).astype(np.float32), encode(rng.normal(size=(r, n)), dtype)
@@ -214,6 +214,26 @@ def test_a_row_does_not_know_its_neighbours(kernels: KernelLib) -> None:
         whole = op(x)
         for i in (0, 11, 12, 28):
             assert op(x[i : i + 1].copy()).tobytes() == whole[i : i + 1].tobytes(), (op.__name__, i)
+
+
+@pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
+def test_sums_that_wait_for_all_rows_are_the_same(kernels: KernelLib, dtype: int) -> None:
+    """More weights than the scratch holds, and more than a block of rows: blocks of k are the outer loop. A few rows
+    alone are computed in the usual order."""
+    rng = np.random.default_rng(10)
+    r, n, k = 265, 900 if dtype == wire.F32 else 1700, 1539
+    x, w, res = (encode(rng.standard_normal(s, np.float32), dtype) for s in ((r, k), (n, k), (r, n)))
+    b = rng.standard_normal(n, np.float32)
+
+    def rows(begin: int, end: int) -> Array:
+        y, m = np.empty_like(res[begin:end]), end - begin
+        arrays = [y, x[begin:end].copy(), w, b, res[begin:end].copy()]
+        kernels.call("linear_fwd", dtype, arrays, (m, n, k, n, k, n), set_name=kernels.sets[-1])
+        return y
+
+    whole = rows(0, r)
+    for begin, end in ((0, 2), (131, 134), (264, 265)):
+        assert rows(begin, end).tobytes() == whole[begin:end].tobytes(), begin
 
 
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])

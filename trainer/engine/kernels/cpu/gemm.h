@@ -9,9 +9,10 @@
  * processor's own mode for that (flush.h). Tiles, blocks of k (the f32 accumulator is carried
  * between them exactly), remainders and threads do not show in the result.
  *
- * Packing (pack.h): a worker packs A once for every block of columns. A panel of B is packed while, or right after,
- * the one before it is multiplied; where there are more rows than a block it is kept for the others if B fits PACK_B,
- * else two panels take turns in the near caches. With AVX-512 the loops of tiles pack a B whose columns lie side by side
+ * Packing (pack.h): a worker packs A once for every block of columns, and adds its rows up meanwhile where a
+ * bias's gradient is wanted. A panel of B is packed while, or right after, the one before it is multiplied; where there are more rows
+ * than a block it is kept for the others if B fits the scratch, or if a block of its k does beside all the sums, which
+ * then wait for the next one; else two panels take turns in the near caches. With AVX-512 the loops of tiles pack a B whose columns lie side by side
  * in memory: they have room for it. What will be packed next, where a panel's sums go or begin, and what they are added
  * to, is asked for from memory meanwhile, a line with every k; and what a tile begins or ends with once more right
  * before it is needed: in the nearest cache nothing outlasts a tile, least of all rows that lie a multiple of 4 KiB
@@ -31,16 +32,16 @@
 #include "kernels/deferred.h"
 #include "kernels/kernels.h"
 
-/* floats; sizes of a worker's part of the scratch */
+/* Blocks of rows and of k; what a worker has for its packed operands and its sums, in floats, alike on all paths: the
+ * portable one tells it. */
 enum {
-    KC = 384,              /* block of k: a panel of B stays in the first-level cache */
-    MC = 264,              /* block of rows: A stays in the second level */
-    NC_MAX = 1024,         /* block of columns */
-    PACK_A = MC * KC + 64, /* 64: panels are stored 16 wide and overlap the next */
-    PACK_B = 1 << 20,
-    PACK_C = MC * NC_MAX,
-    PANEL = KC * NR, /* of B */
-    WORKER_FLOATS = PACK_A + PACK_B + PACK_C + 64
+    MC = 264,
+    /* words of a panel. With AVX-512 a long one: a tile begins and ends seldom, and what it reads comes from the second
+     * level in time; MC of them are most of it. Elsewhere a panel of B stays in the first level, A in the second. */
+    KC = HS_VEC == 2 ? 768 : 384,
+    KC_PAIRS = HS_DOT ? 2 * 512 : KC, /* of k; a word has two */
+    KC_LEAST = KC / 2,                /* where that lets more columns stay */
+    WORKER_FLOATS = (1 << 20) + MC * (384 + 1024) + 128
 };
 
 /* What is asked for beside a panel's tiles (ahead.h). */
@@ -68,6 +69,8 @@ typedef struct gemm {
     const float *bias;              /* [n], added at the end; NULL: none */
     const void *res;                /* [m, n] of dt_out, added after the bias; NULL: none */
     int64_t ld_res;
+    float *
+        sums_a; /* [m], to which A's rows are added, k ascending; NULL: none. A's lie side by side */
 } gemm;
 
 /* Columns [j, j + n), n <= 16, of rows [i, i + m) of the output, from c (rows ldc apart); their bias is at
@@ -176,9 +179,9 @@ enum {
 static void multiply_panel(int64_t m, int64_t n, int64_t kn, int pairs, const float *a,
                            const float *b, float *c, int64_t ldc, int load, ahead *next,
                            const gemm *g, panel *then, const place *whole, beside *with) {
-    const int flushes = pairs && !HS_DOT;           /* VDPBF16PS does not ask for the mode */
-    const int64_t most = flushes ? kn / 2 : kn;     /* turns of a tile's loop */
-    const int64_t soon = kn < KC / 8 ? 2 * MR : MR; /* a short tile is over before its lines came */
+    const int flushes = pairs && !HS_DOT;       /* VDPBF16PS does not ask for the mode */
+    const int64_t most = flushes ? kn / 2 : kn; /* turns of a tile's loop */
+    const int64_t soon = kn < 48 ? 2 * MR : MR; /* a short tile is over before its lines came */
     const int64_t step = whole && !load ? 0 : ldc;
     const int twice = ASKS_WITHIN && most >= ASKS_TWICE, sums = twice && step && load;
     const int outs = twice && whole && g->dt_out == HS_F32;
@@ -246,88 +249,139 @@ typedef struct gemm_job {
     int64_t each_m, each_n;   /* what one of them does, whole tiles */
 } gemm_job;
 
-/* Of k that is packed at once. */
-static int64_t block_of_k(const gemm *g, int pairs) {
-    const int64_t kc = hs_ceil_div(g->k, hs_ceil_div(g->k, pairs && HS_DOT ? 2 * KC : KC));
-    return pairs ? (kc + 1) / 2 * 2 : kc;
+/* A worker's way through its rows [i0, i1) and columns: blocks of k within blocks of rows, or the other way round. */
+typedef struct walk {
+    const gemm *g;
+    int64_t i0, i1;
+    int64_t mc, kc, nc;           /* of a block */
+    int64_t row_blocks, k_blocks; /* so many */
+    int64_t panel;                /* floats of the longest one of B */
+    int pairs;
+    int within;  /* tiles' loops pack B */
+    int direct;  /* sums are made in the output */
+    int keep_b;  /* B is packed once for all rows, */
+    int k_first; /* a block of k of it, all of whose sums wait for the next; else all of k */
+} walk;
+
+/* The part of A that is multiplied at once. */
+typedef struct rows_and_k {
+    int64_t i, m, k, kn;
+} rows_and_k;
+
+static rows_and_k step_of(const walk *w, int64_t step) {
+    const int64_t rows = w->k_first ? step % w->row_blocks : step / w->k_blocks,
+                  of_k = w->k_first ? step / w->row_blocks : step % w->k_blocks;
+    const int64_t i = w->i0 + rows * w->mc, k = of_k * w->kc;
+    return (rows_and_k){i, hs_min(w->mc, w->i1 - i), k, hs_min(w->kc, w->g->k - k)};
 }
 
-/* Columns [j0, j0 + n) of rows [i0, i1). */
-static void gemm_columns(const gemm *g, float *scratch, beside *with, int64_t i0, int64_t i1,
-                         int64_t j0, int64_t n) {
-    float *pa = scratch, *pb = pa + PACK_A;
-    int direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old && !g->scale_a;
-    const int pairs = in_pairs(&g->a, &g->b);
-    const int64_t kc = block_of_k(g, pairs), packed_k = packed_length(g->k, pairs);
-    const int64_t size_out = dt_size(g->dt_out);
-    int64_t wide = hs_ceil_div(n, NR) * NR;
-    int keep_b = i1 - i0 > MC && wide * packed_k <= PACK_B && (g->k <= kc || wide <= NC_MAX);
-    float *pc = pb + (keep_b ? PACK_B : 2 * PANEL);
-    int64_t row_blocks = hs_ceil_div(i1 - i0, MC);
-    int64_t mc = hs_ceil_div(hs_ceil_div(i1 - i0, row_blocks), MR) * MR;
-    const int within = packs_within(&g->b, g->k, pairs);
-    panel now = {pb, j0, hs_min(NR, n), 0, hs_min(kc, g->k), 0, 0};
+/* Cuts k into so many blocks, or fewer: the floats that are left for B and sums. */
+static int64_t cut_k(walk *w, int64_t blocks) {
+    const int64_t kc = hs_ceil_div(w->g->k, blocks);
+    w->kc = w->pairs ? (kc + 1) / 2 * 2 : kc;
+    w->k_blocks = hs_ceil_div(w->g->k, w->kc);
+    const int64_t words = packed_length(w->kc, w->pairs);
+    w->panel = words * NR;
+    return WORKER_FLOATS - size_of_a(w->mc, words) - MR * NR - 64;
+}
+
+/* For so many columns: as many at once as keep B packed for all rows, in the order of loops that has room for more, 256
+ * at least; all where no panel is come back to, or packing it again costs next to nothing, if there is room for their
+ * sums. */
+static walk walk_of(const gemm *g, int64_t i0, int64_t i1, int64_t columns) {
+    walk w = {.g = g, .i0 = i0, .i1 = i1, .pairs = in_pairs(&g->a, &g->b)};
+    w.row_blocks = hs_ceil_div(i1 - i0, MC);
+    w.mc = hs_ceil_div(hs_ceil_div(i1 - i0, w.row_blocks), MR) * MR;
+    w.within = packs_within(&g->b, g->k, w.pairs);
+    w.direct = g->dt_out == HS_F32 && !g->bias && !g->res && !g->add_old && !g->scale_a;
+    const int64_t blocks = hs_ceil_div(g->k, w.pairs ? KC_PAIRS : KC),
+                  most_blocks = hs_max(blocks, g->k / KC_LEAST), room = cut_k(&w, blocks);
+    const int64_t waits = blocks > 1 && !w.direct ? w.mc : 0; /* sums, for the next block of k */
+    const int64_t kept = room / (packed_length(g->k, w.pairs) + waits) / NR * NR;
+    const int again = w.row_blocks > 1 && !w.within;
+    int64_t most = columns, first = 0;
+    if (again)
+        most = hs_max(256, kept);
+    else if (waits)
+        most = (room - 2 * w.panel) / waits / NR * NR;
+    for (int64_t n = blocks; again && blocks > 1 && most < columns && n <= most_blocks; n++) {
+        const int64_t left = cut_k(&w, n) / (w.panel / NR + waits * w.row_blocks) / NR * NR;
+        if (left > most) most = left, first = n;
+    }
+    w.k_first = first > 0;
+    cut_k(&w, w.k_first ? first : blocks);
+    w.nc = hs_ceil_div(hs_ceil_div(columns, hs_ceil_div(columns, most)), NR) * NR;
+    w.keep_b = w.row_blocks > 1 && (w.k_first || w.nc <= kept);
+    return w;
+}
+
+/* Where sums of block `at` and columns from j0 + j on are made. */
+static float *sums_of(const walk *w, float *waiting, const rows_and_k *at, int64_t j0, int64_t wide,
+                      int64_t j) {
+    if (w->direct) return (float *)w->g->out + at->i * w->g->ld_out + j0 + j;
+    if (w->k_blocks == 1) return waiting;
+    return waiting + (w->k_first ? (at->i - w->i0) * wide : 0) + j * w->mc;
+}
+
+/* Columns [j0, j0 + n) of a walk's rows. */
+static void gemm_columns(const walk *w, float *scratch, beside *with, int64_t j0, int64_t n) {
+    const gemm *g = w->g;
+    const int pairs = w->pairs, direct = w->direct;
+    const int64_t size_out = dt_size(g->dt_out), wide = hs_ceil_div(n, NR) * NR;
+    const int64_t kept = wide * packed_length(w->k_first ? w->kc : g->k, pairs);
+    float *pa = scratch, *pb = pa + size_of_a(w->mc, w->panel / NR),
+          *pc = pb + (w->keep_b ? kept : 2 * w->panel);
+    const int64_t ldc = direct ? g->ld_out : NR, steps = w->row_blocks * w->k_blocks;
+    panel now = {pb, j0, hs_min(NR, n), 0, hs_min(w->kc, g->k), 0, 0};
     pack_rest(&now, &g->b, g->n, pairs);
-    for (int64_t i = i0; i < i1; i += mc) {
-        int64_t m = hs_min(mc, i1 - i), tiles = hs_ceil_div(m, MR);
-        for (int64_t k = 0; k < g->k; k += kc) {
-            int64_t kn = hs_min(kc, g->k - k);
-            const int64_t length = packed_length(kn, pairs);
-            const int last = k + kn == g->k;
-            ahead next[AHEADS] = {{0}};
-            if (ASKS_WITHIN && !last)
-                next[NEXT_A] =
-                    ahead_of(&g->a, i, m, k + kn, hs_min(kc, g->k - k - kn), tiles * wide / NR);
-            else if (ASKS_WITHIN && i + mc < i1)
-                next[NEXT_A] = ahead_of(&g->a, i + mc, hs_min(mc, i1 - i - mc), 0, hs_min(kc, g->k),
-                                        tiles * wide / NR);
-            pack_a_as(pa, &g->a, i, m, g->m, k, kn, pairs);
-            for (int64_t j = 0; j < n; j += NR) {
-                const int64_t nn = hs_min(NR, n - j), left = hs_min(NR, n - j - NR);
-                const float *b = now.to;
-                float *c = direct ? (float *)g->out + i * g->ld_out + j0 + j
-                                  : pc + (g->k > kc ? j * mc : 0);
-                const place whole = {g, i, j0 + j};
-                int64_t ldc = direct ? g->ld_out : NR;
-                /* the panel after this one */
-                const int64_t then_j = left > 0 ? j + NR : 0;
-                const int64_t then_k = left > 0 ? k : last ? 0 : k + kn;
-                const int64_t then_i = left > 0 || !last ? i : i + mc;
-                const int ready = (keep_b && then_i > i0) || then_i >= i1;
-                panel then = {.j = j0 + then_j,
-                              .n = hs_min(NR, n - then_j),
-                              .k = then_k,
-                              .kn = hs_min(kc, g->k - then_k)};
-                const int64_t then_length = packed_length(then.kn, pairs);
-                then.to = keep_b ? pb + wide * packed_length(then_k, pairs) + then_j * then_length
-                          : b == pb ? pb + PANEL
-                                    : pb;
-                then.done = ready ? then.kn : 0;
-                then.within = within && then.n == NR && !ready;
-                next[NEXT_B] = next[END_OF_B] = (ahead){0};
-                if (!ready)
-                    ask_for_panel(&then, &g->b, tiles, next + NEXT_B, next + END_OF_B);
-                else if (then_i < i1)
-                    next[NEXT_B] = spread((const char *)then.to, 0, 1, NR * then_length * 4, tiles);
-                /* LINE: where a row does not begin with a line, this panel asked for the first one of the next */
-                if (ASKS_WITHIN && direct && left > 0)
-                    next[SUMS] = spread((const char *)(c + NR) + LINE, ldc * 4, m, left * 4, tiles);
-                else if (ASKS_WITHIN && direct && last && i + mc < i1)
-                    next[SUMS] = spread((const char *)(c - j + mc * ldc) + LINE, ldc * 4,
-                                        hs_min(mc, i1 - i - mc), hs_min(NR, n) * 4, tiles);
-                else if (ASKS_WITHIN && g->k > kc && left > 0)
-                    next[SUMS] = spread((const char *)(c + NR * mc), 0, 1, m * NR * 4, tiles);
-                if (ASKS_WITHIN && !direct && last)
-                    next[OUT] = spread((const char *)g->out + (i * g->ld_out + j0 + j) * size_out,
-                                       g->ld_out * size_out, m, nn * size_out, tiles);
-                if (ASKS_WITHIN && !direct && last && g->res)
-                    next[RESIDUAL] =
-                        spread((const char *)g->res + (i * g->ld_res + j0 + j) * size_out,
-                               g->ld_res * size_out, m, nn * size_out, tiles);
-                multiply_panel(m, nn, length, pairs, pa, b, c, ldc, k > 0 || g->from_old, next, g,
-                               &then, !direct && last ? &whole : NULL, with);
-                now = then;
-            }
+    for (int64_t step = 0; step < steps; step++) {
+        const rows_and_k at = step_of(w, step), after = step_of(w, step + 1);
+        const int ends = step + 1 == steps, last = at.k + at.kn == g->k;
+        const int64_t tiles = hs_ceil_div(at.m, MR);
+        ahead next[AHEADS] = {{0}};
+        if (ASKS_WITHIN && !ends)
+            next[NEXT_A] = ahead_of(&g->a, after.i, after.m, after.k, after.kn, tiles * wide / NR);
+        pack_a_as(pa, &g->a, at.i, at.m, g->m, at.k, at.kn, pairs, j0 ? NULL : g->sums_a);
+        for (int64_t j = 0; j < n; j += NR) {
+            const int64_t nn = hs_min(NR, n - j);
+            const float *b = now.to;
+            float *c = sums_of(w, pc, &at, j0, wide, j);
+            const place whole = {g, at.i, j0 + j};
+            /* the panel after this one */
+            const int goes_on = j + NR < n;
+            const int64_t then_j = goes_on ? j + NR : 0;
+            const rows_and_k *to = goes_on ? &at : &after;
+            const int none = ends && !goes_on, ready = none || (w->keep_b && to->i > w->i0);
+            panel then = {.j = j0 + then_j, .n = hs_min(NR, n - then_j), .k = to->k, .kn = to->kn};
+            const int64_t then_length = packed_length(then.kn, pairs);
+            then.to = w->keep_b ? pb + (w->k_first ? 0 : wide * packed_length(to->k, pairs)) +
+                                      then_j * then_length
+                      : b == pb ? pb + w->panel
+                                : pb;
+            then.done = ready ? then.kn : 0;
+            then.within = w->within && then.n == NR && !ready;
+            next[NEXT_B] = next[END_OF_B] = next[SUMS] = (ahead){0};
+            if (!ready)
+                ask_for_panel(&then, &g->b, tiles, next + NEXT_B, next + END_OF_B);
+            else if (!none)
+                next[NEXT_B] = spread((const char *)then.to, 0, 1, NR * then_length * 4, tiles);
+            const float *sums = none ? NULL : sums_of(w, pc, to, j0, wide, then_j);
+            /* LINE: where a row does not begin with a line, this panel asked for the first one of the next */
+            if (ASKS_WITHIN && direct && sums)
+                next[SUMS] = spread((const char *)sums + LINE, ldc * 4, to->m, then.n * 4, tiles);
+            else if (ASKS_WITHIN && sums && to->k > 0)
+                next[SUMS] = spread((const char *)sums, 0, 1, to->m * NR * 4, tiles);
+            if (ASKS_WITHIN && !direct && last)
+                next[OUT] = spread((const char *)g->out + (at.i * g->ld_out + j0 + j) * size_out,
+                                   g->ld_out * size_out, at.m, nn * size_out, tiles);
+            if (ASKS_WITHIN && !direct && last && g->res)
+                next[RESIDUAL] =
+                    spread((const char *)g->res + (at.i * g->ld_res + j0 + j) * size_out,
+                           g->ld_res * size_out, at.m, nn * size_out, tiles);
+            multiply_panel(at.m, nn, packed_length(at.kn, pairs), pairs, pa, b, c, ldc,
+                           at.k > 0 || g->from_old, next, g, &then, !direct && last ? &whole : NULL,
+                           with);
+            now = then;
         }
     }
 }
@@ -335,25 +389,15 @@ static void gemm_columns(const gemm *g, float *scratch, beside *with, int64_t i0
 static void gemm_range(void *ctx, int64_t begin, int64_t end, int worker) {
     const gemm_job *job = ctx;
     const gemm *g = job->g;
-    const int pairs = in_pairs(&g->a, &g->b);
-    const int64_t packed_k = packed_length(g->k, pairs);
     float *scratch = (float *)job->ctx->scratch + (int64_t)worker * WORKER_FLOATS;
     beside with = beside_begin(job->ctx, worker);
     for (int64_t cell = begin; cell < end; cell++) {
         int64_t i0 = cell / job->split_n * job->each_m, j0 = cell % job->split_n * job->each_n;
         int64_t i1 = hs_min(g->m, i0 + job->each_m), j1 = hs_min(g->n, j0 + job->each_n);
         if (i0 >= i1 || j0 >= j1) continue;
-        /* as many columns at once as keep B packed across the blocks of rows, 256 at least; all where no
-         * panel is come back to, or packing it again costs next to nothing, if there is room for their sums */
-        int64_t nc = hs_min(NC_MAX, hs_max(256, PACK_B / hs_max(1, packed_k) / NR * NR));
-        if (packs_within(&g->b, g->k, pairs))
-            nc = block_of_k(g, pairs) < g->k ? (PACK_B + PACK_C - 2 * PANEL) / MC / NR * NR
-                                             : j1 - j0;
-        else if (i1 - i0 <= MC)
-            nc = block_of_k(g, pairs) < g->k ? NC_MAX : j1 - j0;
-        nc = hs_ceil_div(hs_ceil_div(j1 - j0, hs_ceil_div(j1 - j0, nc)), NR) * NR;
-        for (int64_t j = j0; j < j1; j += nc)
-            gemm_columns(g, scratch, &with, i0, i1, j, hs_min(nc, j1 - j));
+        const walk w = walk_of(g, i0, i1, j1 - j0);
+        for (int64_t j = j0; j < j1; j += w.nc)
+            gemm_columns(&w, scratch, &with, j, hs_min(w.nc, j1 - j));
     }
     beside_end(&with);
 }

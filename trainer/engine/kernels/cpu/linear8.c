@@ -1,5 +1,5 @@
 /* Linear layers on FP8: three calls of gemm.h, which widens operands while it packs them. The
- * bias's gradient is linear.c's. */
+ * bias's gradient is of numbers that are none of theirs. */
 #include "kernels/linear8.h"
 
 #include "kernels/cpu/gemm.h"
@@ -31,10 +31,23 @@ static void linear8_igrad_op(hs_kernel_ctx *ctx, hs_linear8_igrad_args *a) {
     gemm_run(ctx, &g);
 }
 
+typedef struct bias_job {
+    float *db;
+    side dy;
+    int64_t R, N;
+} bias_job;
+
+static void bias_range(void *ctx, int64_t begin, int64_t end, int worker) {
+    const bias_job *j = ctx;
+    (void)worker;
+    sum_rows(j->db, &j->dy, begin * SHARE_COLUMNS, hs_min(end * SHARE_COLUMNS, j->N), 0, j->R);
+}
+
 static void linear8_wgrad_op(hs_kernel_ctx *ctx, hs_linear8_wgrad_args *a) {
     gemm g = gemm8(a->N, a->K, a->R, a->dy8t, HS_E5M2, a->dys, a->x8t, a->xs);
     g.out = a->dw, g.ld_out = a->K, g.dt_out = HS_F32;
     g.add_old = 1;
     gemm_run(ctx, &g);
-    if (a->db) bias_gradient(ctx, a->db, a->dy, a->R, a->N, a->lddy, (int)a->dtype);
+    bias_job j = {a->db, {a->dy, 1, a->lddy, (int)a->dtype}, a->R, a->N};
+    if (a->db) share_columns(ctx, a->R, a->N, bias_range, &j);
 }

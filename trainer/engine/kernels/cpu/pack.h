@@ -357,10 +357,35 @@ static int64_t rows_of_tile(int64_t left) {
 /* Rows of a packed panel in one go: with more of them, 12 KiB apart, the nearest cache has no room for their lines. */
 enum { ROWS_AT_ONCE = 8 };
 
+VINLINE void sum_rows_dt(float *to, const side *s, int64_t begin, int64_t end, int64_t k,
+                         int64_t k_end, int dt) {
+    for (int64_t last = k; k < k_end; k = last) {
+        last = hs_min(k + ROWS_AT_ONCE, k_end);
+        const int64_t asked = hs_min(last + ROWS_AT_ONCE, k_end);
+        for (int64_t n = begin; n < end; n += LANES) {
+            vf sum = v_load_n(to + n, end - n);
+            for (int64_t at = k; at < last; at++)
+                sum = v_add(sum, side_load_n(s->p, at * s->col + n, end - n, dt));
+            v_store_n(to + n, sum, end - n);
+            if ((n - begin) % (64 / side_size(dt))) continue;
+            for (int64_t at = last; at < asked; at++)
+                __builtin_prefetch((const char *)s->p + (at * s->col + n) * side_size(dt));
+        }
+    }
+}
+
+/* to[i] += s(i, k), i in [begin, end), k in [k, k_end) ascending; s.row is 1. As they lie in memory: the sums wait in
+ * the nearest cache. */
+static void sum_rows(float *to, const side *s, int64_t begin, int64_t end, int64_t k,
+                     int64_t k_end) {
+    BY_DTYPE(s->dt, sum_rows_dt, to, s, begin, end, k, k_end);
+}
+
 /* Of an A whose rows lie side by side in memory, kn being even where words are made: some k at a time, so that a line
- * is still in the nearest cache when the next panel reads on in it. What spills behind a panel would hit the next one. */
+ * is still in the nearest cache when the next panel reads on in it. What spills behind a panel would hit the next one.
+ * adds: to sums, as sum_rows. */
 VINLINE void pack_a_rows(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
-                         int64_t kn, int pairs, int dt) {
+                         int64_t kn, int pairs, float *sums, int adds, int dt) {
     const int64_t words = pairs && HS_DOT, each = 1 + words, length = packed_length(kn, pairs);
     const char *base = (const char *)a->p + (i0 + k0 * a->col) * side_size(dt);
     for (int64_t k = 0; k < kn; k += ROWS_AT_ONCE * each) {
@@ -370,37 +395,54 @@ VINLINE void pack_a_rows(float *dst, const side *a, int64_t i0, int64_t m, int64
             const int64_t take = n < LANES && i0 + i + LANES <= rows ? LANES : n;
             float *panel = dst + i * length + k / each * n;
             const float *spills = dst + (i + n) * length - LANES + 1; /* over the panel's end */
+            vf sum = adds ? v_load_n(sums + i0 + i, n) : v_zero();
             for (int64_t at = k; at < end; at += each, panel += n) {
                 vf x = side_load_n(base, at * a->col + i, take, dt);
+                if (adds) sum = v_add(sum, x);
 #if HS_DOT
-                if (words) x = words_of(x, side_load_n(base, (at + 1) * a->col + i, take, dt));
+                if (words) {
+                    const vf odd = side_load_n(base, (at + 1) * a->col + i, take, dt);
+                    if (adds) sum = v_add(sum, odd);
+                    x = words_of(x, odd);
+                }
 #endif
                 if (panel < spills)
                     v_store(panel, x);
                 else
                     v_store_n(panel, x, n);
             }
+            if (adds) v_store_n(sums + i0 + i, sum, n);
         }
     }
 }
 
 VINLINE void pack_a_dt(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
-                       int64_t kn, int pairs, int dt) {
+                       int64_t kn, int pairs, float *sums, int dt) {
     /* measured with AVX-512, whose panels are 12 wide; elsewhere it is a few instructions more */
     if (HS_VEC == 2 && a->row == 1 && a->col != 1 && !(pairs && kn % 2)) {
-        pack_a_rows(dst, a, i0, m, rows, k0, kn, pairs, dt);
+        if (sums)
+            pack_a_rows(dst, a, i0, m, rows, k0, kn, pairs, sums, 1, dt);
+        else
+            pack_a_rows(dst, a, i0, m, rows, k0, kn, pairs, sums, 0, dt);
         return;
     }
     for (int64_t i = 0, n; i < m; i += n) {
         n = rows_of_tile(m - i);
         pack16_as(dst + i * packed_length(kn, pairs), n, a, i0 + i, n, rows, k0, kn, pairs, dt);
     }
+    if (sums) sum_rows_dt(sums, a, i0, i0 + m, k0, k0 + kn, dt);
 }
 
-/* Rows [i0, i0 + m) of A (which has `rows` rows) and k in [k0, k0 + kn), in panels of MR rows. */
+/* Floats of A's panels: they are stored 16 wide and overlap the next. */
+static int64_t size_of_a(int64_t m, int64_t length) {
+    return m * length + 64;
+}
+
+/* Rows [i0, i0 + m) of A (which has `rows` rows) and k in [k0, k0 + kn), in panels of MR rows. sums: [rows], to which
+ * they are added as sum_rows does; NULL: none. */
 static void pack_a_as(float *dst, const side *a, int64_t i0, int64_t m, int64_t rows, int64_t k0,
-                      int64_t kn, int pairs) {
-    BY_SIDE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn, pairs);
+                      int64_t kn, int pairs, float *sums) {
+    BY_SIDE(a->dt, pack_a_dt, dst, a, i0, m, rows, k0, kn, pairs, sums);
 }
 
 #if HS_DOT
