@@ -263,6 +263,29 @@ every = 500
 
 {_LOCAL}"""
 
+_CUDA = (
+    (_CHUNK, ""),
+    ("precision = ",
+     "classifier_chunk = 4096   # rows of logits at a time: the head moves its matrix once for all\nprecision = "),
+    ("microbatch = 4\nsequence = 1024\n", "microbatch = 32           # all at once\nsequence = 1024\n"),
+    ("stages = 2                # the head weighs as much as five layers: the planner splits by cost, not by count\n",
+     "stages = 1                # one GPU\n"),
+    ("[parallel]\n", "[parallel]\ndevice = \"cuda\"           # auto: the CPU where there is no GPU\n"),
+)  # fmt: skip
+"""Lines of presets, and what stands there for GPUs."""
+
+
+def for_cuda(text: str) -> str:
+    """A preset, or another spec's text of these lines, for NVIDIA GPUs.
+
+    >>> "classifier_chunk = 4096" in for_cuda(PRESETS["gpt2-124m"])
+    True
+    """
+    for here, there in _CUDA:
+        text = text.replace(here, there, 1)
+    return text
+
+
 PRESETS: dict[str, str] = {
     "gpt2-124m": _GPT2,
     "gpt2-demo": _DEMO,

@@ -7,13 +7,16 @@ from pathlib import Path
 import click
 
 from flows.cli.main import show
-from trainer.presets import PRESETS
+from trainer.presets import PRESETS, for_cuda
 
 
 @click.command(epilog=f"Presets: {', '.join(sorted(PRESETS))}.")
 @click.argument("preset", required=False)
 @click.option("--from", "config", metavar="PATH", help="A Hugging Face config.json, or its folder, instead of PRESET.")
-def init(preset: str | None, config: str | None) -> int:
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="What its sizes are for.  [default: cpu]"
+)
+def init(preset: str | None, config: str | None, device: str) -> int:
     """Write the commented spec of PRESET to stdout: `hotstage init gpt2-124m > my.toml`.
 
     With --from the model is that of a config.json, without its weights; what this version does not compute is refused.
@@ -23,7 +26,7 @@ def init(preset: str | None, config: str | None) -> int:
             raise click.UsageError("give a PRESET or --from PATH, not both")
         from flows.cli.from_config import spec_text
 
-        click.echo(spec_text(Path(config)), nl=False)
+        click.echo(_for(device, spec_text(Path(config))), nl=False)
         return 0
     if preset is None or preset not in PRESETS:
         names = ", ".join(sorted(PRESETS))
@@ -31,8 +34,12 @@ def init(preset: str | None, config: str | None) -> int:
             click.echo(f"presets: {names}")
             return 0
         raise click.UsageError(f"there is no preset {preset!r}; there are {names}")
-    click.echo(PRESETS[preset], nl=False)
+    click.echo(_for(device, PRESETS[preset]), nl=False)
     return 0
+
+
+def _for(device: str, text: str) -> str:
+    return for_cuda(text) if device == "cuda" else text
 
 
 @click.command()

@@ -12,7 +12,7 @@ import pytest
 
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
-from trainer.presets import PRESETS
+from trainer.presets import PRESETS, for_cuda
 from trainer.spec import (
     RunSpec,
     _standard_input,
@@ -275,6 +275,8 @@ def test_examples_load(path: Path) -> None:
 def test_presets_load(name: str) -> None:
     spec = parse_spec(tomllib.loads(PRESETS[name]), origin=name)
     assert spec.train.steps > 0
+    gpu = parse_spec(tomllib.loads(for_cuda(PRESETS[name])), origin=name)
+    assert (gpu.parallel.device, gpu.train.classifier_chunk) == ("cuda", 4096)
 
 
 def test_examples_are_the_presets_of_their_name() -> None:
