@@ -83,13 +83,25 @@ QUERY = (
 )
 
 
+@functools.cache
+def driver() -> dict[str, Any]:
+    """What the driver says (driver.py), asked once."""
+    said = _said(sys.executable, "-m", "tests.gpu.driver")
+    try:
+        return dict(json.loads(said))
+    except ValueError:
+        return {"why": "the driver gave no answer in 60 s, or ended the process that asked"}
+
+
 def devices() -> list[dict[str, str]]:
-    """The GPUs, as nvidia-smi tells them; none without a driver."""
-    smi = shutil.which("nvidia-smi")
-    if not smi:
-        return []
-    rows = _said(smi, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits").splitlines()
-    return [dict(zip(QUERY.split(","), (cell.strip() for cell in row.split(",")), strict=False)) for row in rows]
+    """The GPUs that CUDA gives a process, its first one first, with what nvidia-smi adds where it knows them."""
+    found, version = driver().get("devices", []), int(driver().get("driver", 0))
+    smi = shutil.which("nvidia-smi") if found else None
+    said = _said(smi, f"--query-gpu={QUERY}", "--format=csv,noheader,nounits") if smi else ""
+    rows = [dict(zip(QUERY.split(","), map(str.strip, row.split(",")), strict=False)) for row in said.splitlines()]
+    more = {row.get("uuid", "").partition("-")[2]: row for row in rows}
+    cuda = {"driver_version": f"CUDA {version // 1000}.{version % 1000 // 10}"}
+    return [cuda | more.get(device["uuid"], {}) | device for device in found]
 
 
 @functools.cache
@@ -119,9 +131,7 @@ def lacks() -> dict[str, str]:
         found["gpu"] = "the device is emulated"
         found["compute-sanitizer"] = "the device is emulated"
     elif not gpus:
-        smi = shutil.which("nvidia-smi")
-        why = "no GPU: nvidia-smi lists none" if smi else "no GPU: there is no driver (no nvidia-smi)"
-        found["gpu"] = found["device"] = why
+        found["gpu"] = found["device"] = f"no GPU: {driver()['why']}"
     if not emulated() and not tool("compute-sanitizer"):
         found["compute-sanitizer"] = "compute-sanitizer is not installed; it comes with the CUDA toolkit"
     if not os.environ.get("HOTSTAGE_CUDA") and not tool("nvcc"):
@@ -133,8 +143,8 @@ def lacks() -> dict[str, str]:
     for name in ("torch", "jax"):
         if module_version(name) is None:
             found[name] = f"{name} is not installed in {sys.executable}"
-    if gpus and float(gpus[0].get("compute_cap") or 0) < 8.9:
-        found["fp8"] = f"{gpus[0]['name']} has no FP8 (compute capability {gpus[0].get('compute_cap')})"
+    if gpus and float(gpus[0]["compute_cap"]) < 8.9:
+        found["fp8"] = f"{gpus[0]['name']} has no FP8 (compute capability {gpus[0]['compute_cap']})"
     return found
 
 
@@ -171,7 +181,7 @@ def _lines(path: str) -> Iterator[str]:
 def architecture(gpus: list[Mapping[str, str]] | None = None) -> str:
     """What nvcc compiles for: the device's own, with Hopper's and Blackwell's own instructions."""
     gpus = list(devices()) if gpus is None else gpus
-    capability = (gpus[0].get("compute_cap") or "9.0") if gpus else "9.0"
+    capability = gpus[0]["compute_cap"] if gpus else "9.0"
     number = capability.replace(".", "")
     return f"sm_{number}a" if int(number) >= 90 else f"sm_{number}"
 

@@ -24,6 +24,7 @@ from k8s.images import cuda
 from tests.engine.kernel_lib import CPU_PATHS
 from tests.engine.kernel_lib import build as build_oracle
 from tests.gpu import box
+from trainer.cores import free_bytes, usable_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "trainer" / "engine"
@@ -40,6 +41,9 @@ DEVICE = [flag for flag in cuda.FLAGS if flag not in ("-Werror", "all-warnings",
 HOST = cuda.HOST.removeprefix("-nostdinc++,")
 
 
+COMPILER_BYTES = 3 << 29  # of a compiler's process, at most: as many run at once as a container has memory for
+
+
 class BuildFailed(Exception):
     """What a compiler said."""
 
@@ -49,7 +53,7 @@ class Builder:
     """Compiles in parallel into a folder, and remembers how long things took."""
 
     folder: Path
-    jobs: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    jobs: int = field(default_factory=lambda: max(1, min(usable_cpus(), free_bytes() // COMPILER_BYTES)))
     took: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

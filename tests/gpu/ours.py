@@ -17,6 +17,7 @@ from typing import Any
 
 from tests.e2e import engine_runs
 from tests.e2e.engine_runs import Gang
+from tests.gpu import box
 from tests.gpu.workloads import Workload, plan_of
 from trainer.plan.compiled import Plan
 
@@ -35,12 +36,13 @@ class Memory:
 
     @staticmethod
     def used() -> float:
-        smi = shutil.which("nvidia-smi")
-        if smi is None:
+        smi, gpus = shutil.which("nvidia-smi"), box.driver().get("devices")
+        if smi is None or not gpus:
             return 0.0
-        command = [smi, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+        command = [smi, "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", f"GPU-{gpus[0]['uuid']}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return float(done.stdout.split()[0]) if done.returncode == 0 and done.stdout.split() else 0.0
+        said = done.stdout.strip()
+        return float(said) if done.returncode == 0 and said.isdigit() else 0.0  # [N/A] where it does not say
 
     def _look(self) -> None:
         while not self._over.wait(LOOK_S):

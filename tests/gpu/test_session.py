@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -168,7 +169,7 @@ def test_without_a_device_each_command_says_so(tmp_path: Path) -> None:
             capture_output=True, text=True, env=environment, check=False,
         )  # fmt: skip
         assert done.returncode == CANNOT, done.stderr
-        assert done.stdout.startswith("skipped: no GPU: there is no driver (no nvidia-smi).")
+        assert done.stdout.startswith("skipped: no GPU: there is no driver (libcuda.so.1 is not found).")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -281,6 +282,54 @@ def test_rows_have_the_form_of_the_bench() -> None:
     ]
     assert [r["met"] for r in rows] == [False, True]
     assert {"name", "value", "unit", "peer", "peer_value", "ratio"} <= set(rows[0])
+
+
+DRIVER = r"""
+#include <string.h>
+int cuInit(unsigned flags) { return INIT; }
+int cuGetErrorName(int code, const char **name) { *name = "CUDA_ERROR_SYSTEM_NOT_READY"; return 0; }
+int cuDriverGetVersion(int *version) { *version = 13010; return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetName(char *name, int room, int device) { strcpy(name, "NVIDIA H100"); return 0; }
+int cuDeviceGetUuid_v2(unsigned char *uuid, int device) { memset(uuid, 0x11, 16); return 0; }
+int cuDeviceTotalMem_v2(unsigned long *bytes, int device) { *bytes = 80ul << 30; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute == 75 ? 9 : 0; return 0; }
+"""
+SMI = """#!/bin/sh
+echo "0, NVIDIA T4, GPU-22222222-2222-2222-2222-222222222222, 580.1, 15360, 9, 7.5, [N/A], [N/A], [N/A], 70"
+echo "1, NVIDIA H100, GPU-11111111-1111-1111-1111-111111111111, 580.1, 81559, 9, 9.0, [N/A], [N/A], [N/A], 700"
+"""
+
+
+@pytest.mark.parametrize("smi", [True, False], ids=["smi", "no smi"])
+def test_the_first_gpu_is_cudas_own(tmp_path: Path, smi: bool) -> None:
+    """Not the machine's: it may be hidden, in another order, or nobody but CUDA is there to ask."""
+    found = _box(tmp_path, "0", SMI if smi else None)["facts"]["gpus"]
+    assert [(g["name"], g["compute_cap"], g["driver_version"]) for g in found] == [
+        ("NVIDIA H100", "9.0", "580.1" if smi else "CUDA 13.1")
+    ]
+
+
+def test_a_driver_that_refuses_says_why(tmp_path: Path) -> None:
+    why = "no GPU: the driver refuses: cuInit: error 802 (CUDA_ERROR_SYSTEM_NOT_READY)"
+    assert _box(tmp_path, "802", None)["lacks"]["device"] == why
+
+
+def _box(folder: Path, init: str, smi: str | None) -> dict[str, Any]:
+    """What ``tests.gpu.box`` prints with this driver, and this nvidia-smi."""
+    flags = ["-shared", "-fPIC", "-w", f"-DINIT={init}", "-x", "c", "-"]
+    subprocess.run(["cc", *flags, "-o", folder / "libcuda.so.1"], input=DRIVER, text=True, check=True)
+    path = os.environ["PATH"]
+    if smi:
+        (folder / "nvidia-smi").write_text(smi)
+        (folder / "nvidia-smi").chmod(0o755)
+        path = f"{folder}:{path}"
+    environment = {k: v for k, v in os.environ.items() if k != "HOTSTAGE_CUDA"}
+    environment |= {"LD_LIBRARY_PATH": str(folder), "PATH": path}
+    command = [sys.executable, "-m", "tests.gpu.box"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=ENGINE.parents[1])
+    return dict(json.loads(done.stdout))
 
 
 def test_architectures() -> None:
