@@ -14,7 +14,7 @@ import hashlib
 import logging
 import secrets
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from checkpoint.errors import NotFound, StoreRefused, StoreUnavailable
@@ -69,7 +69,12 @@ def race(store: Store, pool: ThreadPoolExecutor, key: str, creators: int, size: 
         start.wait()
         return store.create(key, data)
 
-    waiting = [pool.submit(create, data) for data in tokens]
+    waiting: list[Future[bool]] = []
+    try:
+        waiting += [pool.submit(create, data) for data in tokens]
+    except RuntimeError:  # no thread more may be started: those that are would wait for ever
+        start.abort()
+        raise
     unclear: StoreUnavailable | None = None
     won: list[bytes] = []
     for data, future in zip(tokens, waiting, strict=True):

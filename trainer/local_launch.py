@@ -97,6 +97,9 @@ class Claims(Protocol):
     def take(self, launch_id: str, folder: Path, nodes: int) -> Held:
         """Claim the launch for a folder that is there; whoever was first has it."""
 
+    def is_free(self, launch_id: str) -> bool:
+        """Whether nobody holds the launch, as the store says at this moment."""
+
 
 @dataclass(frozen=True)
 class ProcessMark:
@@ -188,6 +191,8 @@ class LocalLauncher:
                 f"{NODE_FOLDER_MOST}: choose a shorter one with --out"
             )
         try:
+            if held is None and self._claims is not None and _claimed_in(folder):
+                self._make_way(self._claims, launch.launch_id, folder)
             folder.mkdir(parents=True, exist_ok=True)
             if held is None and self._claims is not None:
                 held = self._claims.take(launch.launch_id, folder, launch.nodes)
@@ -195,7 +200,10 @@ class LocalLauncher:
                     return
                 folder = held.folder
             key = _launch_key(folder)
-            create_file(folder / "launch.json", json.dumps({"run": launch.run, "nodes": launch.nodes}).encode(), 0o644)
+            said = {"run": launch.run, "nodes": launch.nodes}
+            if self._claims is not None:
+                said["store"] = launch.store_url
+            create_file(folder / "launch.json", json.dumps(said).encode(), 0o644)
             for node in range(launch.nodes):
                 self._ensure_node(launch, node, folder / f"node{node}", key, engine)
         except OSError as error:
@@ -273,8 +281,10 @@ class LocalLauncher:
         if self._claims is None:
             return own, None
         held = self._claims.where(launch_id, own)
-        if held is None or held.folder is None:
-            return (own if held is None else None), held
+        if held is None:  # it was begun here by an older version, or for another store
+            return (None if own is None or _claimed_in(own) else own), None
+        if held.folder is None:
+            return None, held
         # claimed, but not begun: its starter is about to, or is gone
         return (held.folder if (held.folder / "launch.json").exists() else None), held
 
@@ -302,6 +312,22 @@ class LocalLauncher:
                 env |= cuda_environment()
                 args = [str(engine), "node", "--agent", "agent.sock", *self._tied]
                 self._start(args, env, folder, "supervisor", lock)
+
+    def _make_way(self, claims: Claims, launch_id: str, folder: Path) -> None:
+        """Put aside what the same launch of another store, or of one that is gone, has left in the folder: of this
+        store's nothing can be there, since it is claimed first. The lock: nobody puts aside what another begins."""
+        with _locked(folder.with_name("move.lock")):
+            store = _claimed_in(folder)
+            if not store or not claims.is_free(launch_id):
+                return
+            views = [_view(node, folder / f"node{node}") for node in range(_nodes(folder))]
+            running = [pid for view in views for pid in (view.agent_pid, view.supervisor_pid) if pid is not None]
+            if running:
+                raise LaunchRefused(
+                    f"in {folder} the same run still trains for the store {store} (pid "
+                    f"{', '.join(map(str, running))}): choose another folder with --out, or stop that one first"
+                )
+            folder.rename(folder.with_name(f"{folder.name}.of-{secrets.token_hex(4)}"))
 
     def _agent_lives(self, folder: Path) -> bool:
         """By its number; else by its lock, which stays for a moment after a kill, and is all there is of an agent whose
@@ -401,6 +427,15 @@ def _nodes(folder: Path) -> int:
         raise LaunchError(
             f"{folder / 'launch.json'} cannot be read: {error}; remove the folder if nothing runs"
         ) from error
+
+
+def _claimed_in(folder: Path) -> str:
+    """The store in which the launch that lies in the folder was claimed before it began; empty: none, or an older
+    version's, which claimed nothing."""
+    try:
+        return str(json.loads((folder / "launch.json").read_bytes())["store"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _view(node: int, folder: Path) -> LaunchedNode:

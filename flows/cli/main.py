@@ -219,6 +219,18 @@ DAMAGE_MEND = (
 )
 
 
+def _lack(error: BaseException) -> str | None:
+    """What this machine, or this process's limits, did not give; None: it was something else."""
+    if isinstance(error, MemoryError):
+        return "this process gets no more memory: raise the limit (ulimit -v, that of the container), or free some"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return (
+            "this process gets no more threads: raise the limit (ulimit -u, ulimit -v, the container's of processes), "
+            "or end some"
+        )
+    return None
+
+
 def exit_code_of(arguments: list[str] | None) -> int:
     """Run the command: exceptions of the packages become a message and an exit code."""
     _speaks_json[0] = False
@@ -243,7 +255,10 @@ def exit_code_of(arguments: list[str] | None) -> int:
         mend = DAMAGE_MEND if isinstance(error, Damaged) and "hotstage " not in str(error) else ""
         complain(f"hotstage: {error}{mend}", exit_code=error.exit_code)
         return error.exit_code
-    except Exception:
+    except Exception as error:
+        if (lack := _lack(error)) is not None:
+            complain(f"hotstage: {lack}", exit_code=78)
+            return 78
         terminal.tell(traceback.format_exc().rstrip())
         terminal.tell("hotstage: internal error: this is a bug of hotstage; nothing in the store is lost by it")
         return 70

@@ -82,6 +82,13 @@ class StoreClaims:
             )
         return self._held(launch_id, claim, folder)
 
+    def is_free(self, launch_id: str) -> bool:
+        self._absent.pop(launch_id, None)
+        try:
+            return self._read(launch_id) is None
+        except StoreUnavailable as error:
+            raise LaunchUnknown(f"who holds launch {launch_id} cannot be asked now: {error}") from error
+
     # --- inside -------------------------------------------------------------------------------------------
 
     def _read(self, launch_id: str) -> Place | None:

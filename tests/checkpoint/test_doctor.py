@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 from checkpoint.doctor import COLLECTING, DRIVING, READING, SAVING, Diagnosis, Effort, examine_store
 from checkpoint.errors import StoreRefused
-from checkpoint.probe import Unordered, probe
+from checkpoint.probe import Unordered, probe, race
 from checkpoint.store import Store, open_store
 from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import Retry
@@ -192,3 +193,16 @@ def test_the_command_tells_people_and_programs(
     assert "BAD      answers" in said
     assert f"not for  {SAVING}" in said
     assert "mend: give this identity s3:ListBucket on the bucket" in said
+
+
+def test_racers_that_a_machine_cannot_start_are_not_waited_for() -> None:
+    class Few(ThreadPoolExecutor):
+        """A machine, or a container, that gives no fifth thread."""
+
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            if len(self._threads) == 4:
+                raise RuntimeError("can't start new thread")
+            return super().submit(*args, **kwargs)
+
+    with pytest.raises(RuntimeError, match="new thread"), Few(16) as pool:
+        race(open_store("memory:"), pool, "probe/x", 16)

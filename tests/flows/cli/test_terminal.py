@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from flows.cli.main import cli, exit_code_of
 from tests.support.place import ROOT
 
 HOTSTAGE = [sys.executable, "-m", "flows.cli"]
@@ -122,3 +123,22 @@ def test_a_thread_that_still_works_does_not_change_the_exit_code() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.endswith(b"}\nthe other thread\nat exit\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "gets no more memory: raise the limit"),
+        (RuntimeError("can't start new thread"), "no more threads"),
+    ],
+    ids=str,
+)
+def test_what_a_machine_does_not_give_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, words: str
+) -> None:
+    def lacks(*_args: Any, **_kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "main", lacks)
+    assert exit_code_of(["plan"]) == 78
+    assert words in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import socket
@@ -27,8 +29,9 @@ from flows.drive.run import attempt_body
 from flows.drive.train import Run as Driven
 from flows.drive.train import make_driver
 from tests.support.agents import NodePeer, agent, make_run, tiny_spec, wait_for
+from trainer.errors import LaunchRefused
 from trainer.launch import Launch
-from trainer.local_launch import LocalLauncher
+from trainer.local_launch import LocalLauncher, ProcessMark
 from trainer.spec import parse_spec
 
 RUN, LAUNCH = "tiny-0a0a0a", "tiny-0a0a0a-l1"
@@ -72,6 +75,20 @@ class World:
 
     def nothing_started(self) -> bool:
         return not list(self.folder.glob("mine/runs/*/*/node*"))
+
+
+def begun_for_another_store(folder: Path, pid: int | None) -> Path:
+    """The folder of a launch as a run of the same name has left it, or works in it as this process."""
+    node = folder / "mine" / "runs" / RUN / LAUNCH / "node0"
+    node.mkdir(parents=True)
+    node.with_name("launch.json").write_text(json.dumps({"run": RUN, "nodes": 1, "store": "file:///other"}))
+    if pid is None:
+        (node / "done").write_text("{}")
+    else:
+        mark = ProcessMark.of(pid)
+        assert mark is not None
+        (node / "agent.pid").write_text(json.dumps({"pid": mark.pid, "started": mark.started}))
+    return node
 
 
 FAR = Place("far-away", "another boot", "pid:[1]", "/home/her/out/runs/x/y", "a" * 32, nodes=2)
@@ -287,3 +304,27 @@ def test_a_stale_claim_is_taken_over_by_a_new_epoch(tmp_path: Path, monkeypatch:
     assert (cause["class"], "host far-away" in cause["text"]) == ("infra", True)
     assert Place.parse(store.get(launch_key(prepared.run, old)), "the claim") == FAR
     assert not list(tmp_path.glob(f"out/runs/*/{old}"))
+
+
+def test_what_a_run_of_the_same_name_left_for_another_store_is_put_aside(world: World) -> None:
+    """It counted as this run's own: a launch, and an attempt, was used up for each that had been there."""
+    old = begun_for_another_store(world.folder, None)
+    assert world.state == "absent"
+    try:
+        world.ensure()
+        assert world.state != "absent"
+        assert not (old / "done").exists()
+        assert len(list(old.parents[1].glob(f"{LAUNCH}.of-*/node0/done"))) == 1
+    finally:
+        world.launcher.stop(LAUNCH, 0)
+
+
+def test_a_gang_of_another_store_is_left_alone(world: World) -> None:
+    """It was taken for this run's own, waited for, and stopped with this command."""
+    old = begun_for_another_store(world.folder, os.getpid())
+    assert world.state == "absent"
+    with pytest.raises(LaunchRefused, match=r"still trains for the store file:///other \(pid \d+\): .*with --out"):
+        world.ensure()
+    world.launcher.stop(LAUNCH, 0)
+    assert not (old / "done").exists()
+    assert world.store.head(launch_key(RUN, LAUNCH)) is None
