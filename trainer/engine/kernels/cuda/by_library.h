@@ -20,19 +20,6 @@ static inline hs_status rounded_bias(const hs_cuda_ctx *ctx, const void *bias, i
                      n);
 }
 
-template <typename T> __global__ void __launch_bounds__(FLAT) clear_gradient(T *at, int64_t n) {
-    const int64_t i = flat_index();
-    if (i < n) at[i] = 0;
-}
-
-/* Makes dw zero where it is not to be read (ACCUM 0): a product then adds to it as to any other, so that one
- * algorithm computes both, with the same bits. */
-static inline hs_status begin_gradient(const hs_cuda_ctx *ctx, void *dw, int64_t n, int64_t ACCUM) {
-    if (ACCUM) return HS_OK;
-    return HS_LAUNCH(clear_gradient, flat_blocks(n), FLAT, static_cast<cudaStream_t>(ctx->stream),
-                     static_cast<float *>(dw), n);
-}
-
 /* The one product of a call. */
 static inline hs_status library_product(const hs_cuda_ctx *ctx, uint16_t kernel,
                                         const hs_args &args) {

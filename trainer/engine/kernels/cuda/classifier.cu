@@ -283,7 +283,7 @@ static hs_status by_chunks(const hs_cuda_ctx *ctx, uint16_t kernel, const hs_arg
         if (each == 1) continue;
         hs_product dx = p[1], dw = p[2];
         dx.out = static_cast<T *>(a.dx) + r * a.C;
-        dw.b.at = x;
+        dw.b.at = x, dw.fresh = r == 0 && !a.ACCUM;
         HS_TRY(hs_products_run(ctx->products, ctx, &dx));
         HS_TRY(hs_products_run(ctx->products, ctx, &dw));
     }
@@ -320,10 +320,8 @@ HS_CUDA_CTX_OP(classifier_fwd)
 
 template <typename T>
 static hs_status classifier_grad_op(const hs_cuda_ctx *ctx, const hs_classifier_grad_args &a) {
-    if (hs_by_library(ctx)) {
-        HS_TRY(begin_gradient(ctx, a.dw, a.V * a.C, a.ACCUM));
+    if (hs_by_library(ctx))
         return by_chunks<T>(ctx, HS_K_CLASSIFIER_GRAD, hs_classifier_grad_args_to(&a), a);
-    }
     const cudaStream_t stream = static_cast<cudaStream_t>(ctx->stream);
     const int64_t R = a.R, C = a.C, V = a.V, CHUNK = a.CHUNK;
     float *logits = static_cast<float *>(a.logits);

@@ -120,7 +120,7 @@ static lt::status describe(hs_cublaslt *lib, const hs_product *p, call *c) {
     lay(&c->c, p->type_out, p->n, p->m, p->add ? p->ld_add : p->ld_out);
     c->at_c = p->add ? p->add : p->out; /* not read where beta is 0 */
     c->alpha = 1.0f;
-    c->beta = p->add ? 1.0f : 0.0f;
+    c->beta = p->add && !p->fresh ? 1.0f : 0.0f;
     return st;
 }
 

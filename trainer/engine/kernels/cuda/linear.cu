@@ -51,7 +51,6 @@ static hs_status linear_wgrad_op(const hs_cuda_ctx *ctx, const hs_linear_wgrad_a
     float *db = static_cast<float *>(a.db);
     const T *dy = static_cast<const T *>(a.dy);
     if (hs_by_library(ctx)) {
-        HS_TRY(begin_gradient(ctx, a.dw, N * K, a.ACCUM));
         HS_TRY(library_product(ctx, HS_K_LINEAR_WGRAD, hs_linear_wgrad_args_to(&a)));
     } else {
         gemm<T, float> g = {};

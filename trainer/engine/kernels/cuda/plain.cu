@@ -16,7 +16,7 @@ static hs_status plain_product(cudaStream_t stream, const hs_product &p) {
     g.a = plain_side<I>(p.a), g.b = plain_side<J>(p.b);
     g.out = static_cast<O *>(p.out), g.ld_out = p.ld_out;
     g.rounded_bias = static_cast<const O *>(p.bias);
-    g.res = static_cast<const O *>(p.add), g.ld_res = p.ld_add;
+    if (!p.fresh) g.res = static_cast<const O *>(p.add), g.ld_res = p.ld_add;
     g.scale_a = p.a.scale, g.scale_b = p.b.scale;
     return gemm_run(stream, g);
 }

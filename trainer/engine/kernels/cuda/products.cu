@@ -56,7 +56,7 @@ static hs_product linear_igrad(const hs_linear_igrad_args &a) {
 static hs_product linear_wgrad(const hs_linear_wgrad_args &a) {
     hs_product p = product(a.N, a.K, a.R, side(a.dy, a.lddy, true, a.dtype),
                            side(a.x, a.ldx, true, a.dtype), a.dw, a.K, HS_F32);
-    p.add = a.dw, p.ld_add = a.K;
+    p.add = a.dw, p.ld_add = a.K, p.fresh = !a.ACCUM;
     return p;
 }
 

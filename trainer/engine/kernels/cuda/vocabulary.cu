@@ -202,7 +202,7 @@ template <typename T> static hs_status vocab_product(const hs_cuda_ctx *ctx, con
     g.b = p.b.across ? gemm_side<T>{static_cast<const T *>(p.b.at), 1, p.b.ld}
                      : gemm_side<T>{static_cast<const T *>(p.b.at), p.b.ld, 1};
     g.out = static_cast<float *>(p.out), g.ld_out = p.ld_out;
-    g.from_old = p.add != NULL;
+    g.from_old = p.add && !p.fresh;
     return gemm_run(static_cast<cudaStream_t>(ctx->stream), g);
 }
 
@@ -235,6 +235,7 @@ static hs_product vocab_dw(const hs_vocab_part_args &a, const void *x, int64_t r
     p.a = vocab_side(a.dlogits, a.V, true, a.dtype), p.b = vocab_side(x, a.C, true, a.dtype);
     p.out = a.dw, p.ld_out = a.C, p.type_out = HS_F32;
     p.add = a.dw, p.ld_add = a.C;
+    p.fresh = !a.ACCUM && x == a.x; /* the first chunk's */
     return p;
 }
 
@@ -243,7 +244,7 @@ static hs_vocab_part_args vocab_as_part(const hs_vocab_head_args &a) {
     g.loss = a.loss, g.dx = a.dx, g.dw = a.dw, g.x = a.x, g.w = a.w, g.target = a.target;
     g.dlogits = a.dlogits, g.parts = a.parts;
     g.R = a.R, g.C = a.C, g.V = a.V, g.CHUNK = a.CHUNK, g.N = a.N, g.BLOCK = a.BLOCK, g.ALL = a.V;
-    g.scale = a.scale, g.dtype = a.dtype;
+    g.scale = a.scale, g.dtype = a.dtype, g.ACCUM = a.ACCUM;
     return g;
 }
 
@@ -299,7 +300,6 @@ static hs_status vocab_headients(const hs_cuda_ctx *ctx, const hs_vocab_part_arg
 template <typename T>
 static hs_status vocab_head_op(const hs_cuda_ctx *ctx, const hs_vocab_head_args &a) {
     const hs_vocab_part_args g = vocab_as_part(a);
-    HS_TRY(begin_gradient(ctx, a.dw, a.V * a.C, a.ACCUM));
     for (int64_t r = 0; r < a.R; r += a.CHUNK) {
         const int64_t rows = a.R - r < a.CHUNK ? a.R - r : a.CHUNK;
         const T *x = static_cast<const T *>(a.x) + r * a.C;
@@ -330,7 +330,6 @@ HS_CUDA_CTX_OP(vocab_sums)
 
 template <typename T>
 static hs_status vocab_part_op(const hs_cuda_ctx *ctx, const hs_vocab_part_args &a) {
-    HS_TRY(begin_gradient(ctx, a.dw, a.V * a.C, a.ACCUM));
     for (int64_t r = 0; r < a.R; r += a.CHUNK) {
         const int64_t rows = a.R - r < a.CHUNK ? a.R - r : a.CHUNK;
         vocab_rows<T> j = {};
