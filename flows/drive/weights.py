@@ -231,8 +231,7 @@ def _rows_of(files: Mapping[str, FileTensor], folder: Path, model: ModelSpec) ->
     if wrong:
         more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
         mend = (
-            "the folder's config.json says of the model what the spec says, so the weights are another model's, or not "
-            "all there: fetch the folder again"
+            _mend_of(wrong, table, named)
             if _says(folder, model)
             else "`hotstage import FOLDER` writes a spec with the folder's own model"
         )
@@ -245,6 +244,30 @@ def _rows_of(files: Mapping[str, FileTensor], folder: Path, model: ModelSpec) ->
             'them in one of these (transformers: from_pretrained(DIR, dtype="float32").save_pretrained(OTHER))'
         )
     return [(entry, named[entry.name]) for entry in table]
+
+
+def _mend_of(wrong: Sequence[str], table: Sequence[HfTensor], named: Mapping[str, FileTensor]) -> str:
+    """Where the folder's own config.json does not describe its weights."""
+    if wrong == ["lm_head.weight is missing"]:
+        return (
+            'a head that is the embedding is not stored: if this model\'s is, write "tie_word_embeddings": true in its '
+            "config.json; else fetch the folder again"
+        )
+    embedding = named.get(table[0].name)
+    heads = ("lm_head.weight", table[0].name)
+    if (
+        embedding is not None
+        and embedding.shape[1:] == tuple(table[0].shape[1:])
+        and all(text.startswith(tuple(f"{name} is {shape_text(embedding.shape)}" for name in heads)) for text in wrong)
+    ):
+        return (
+            f'config.json says "vocab_size": {table[0].shape[0]}: if tokens were added or rows left out, write '
+            f"{embedding.shape[0]} there; else fetch the folder again"
+        )
+    return (
+        "the folder's config.json says of the model what the spec says, so the weights are another model's, or not "
+        "all there: fetch the folder again"
+    )
 
 
 def _says(folder: Path, model: ModelSpec) -> bool:

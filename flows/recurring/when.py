@@ -90,6 +90,9 @@ def _cities(known: Collection[str]) -> list[str]:
     return list(dict.fromkeys([*(zone for zone in _FIRST if zone in known), *every]))
 
 
+_FIELDS = (("minutes", 60), ("hours", 24), ("days", 31), ("months", 12), ("weekdays", 7))
+
+
 def cron_of(line: str, zone: str, day_or: bool = True) -> Any:
     """Prefect's schedule of a cron line that fires at some time. Raises ValueError that says what is wrong."""
     import importlib
@@ -108,6 +111,13 @@ def cron_of(line: str, zone: str, day_or: bool = True) -> Any:
         CronSchedule(cron=line, timezone=zone)
     except ValueError as error:
         raise ValueError(f"--cron {line!r} is no cron line; {five}, or @hourly, @daily, @weekly, @monthly") from error
+    for field, (what, size) in zip(fields, _FIELDS, strict=False):
+        for step in re.findall(r"\*/(\d+)", field):
+            if int(step) >= size:
+                raise ValueError(
+                    f"--cron {line!r}: a step of {step} in {what} is never reached, there are {size}: it fires once in "
+                    f"all of them; write that {what.removesuffix('s')}, or take --interval SECONDS"
+                )
     try:
         reckoner: Any = importlib.import_module("prefect._vendor.croniter").croniter
         reckoner(line, datetime.now(UTC), day_or=day_or).get_next(datetime)
