@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 from checkpoint.errors import StoreRefused
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|file:/|memory:\Z)", re.IGNORECASE)
-_ALMOST = re.compile(r"[\s\"'<]*(?:s3[an]?|gs|gcs|az|abfss?|https?|hdfs|file|memory):", re.IGNORECASE)
+_ALMOST = re.compile(r"[\s\"'<]*(?:s3[an]?|arn|gs|gcs|az|abfss?|https?|hdfs|file|memory):", re.IGNORECASE)
 _CONTROL = re.compile(r"[\0-\x20\x7f]")
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 

@@ -15,6 +15,8 @@ from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import Retry
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
+_HOST = re.compile(r"(?:(?P<bucket>.+)\.s3[.-](?:[a-z0-9-]+\.)*amazonaws\.com(?:\.cn)?|\d+\.\d+\.\d+\.\d+)\Z")
+"""What is no bucket's name: AWS's own, and an address."""
 _KMS_KEY = re.compile(r"[A-Za-z0-9:/_-]{1,256}\Z")
 OPTIONS = ("endpoint", "region", "path_style", "sse", "kms_key")
 ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
@@ -36,6 +38,11 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
         raise StoreRefused(
             f"store {shown}: must be s3://bucket/prefix, the bucket of 3 to 63 letters, digits, dots and dashes"
         )
+    if (host := _HOST.match(parts.netloc)) is not None:
+        wanted = (
+            f"s3://{host['bucket']}{parts.path}" if host["bucket"] else "s3://bucket/prefix?endpoint=http://host:port"
+        )
+        raise StoreRefused(f"store {shown}: {parts.netloc} is a server's name, not a bucket's: write {wanted}")
     if "//" in parts.path:
         raise StoreRefused(
             f"store {shown}: a prefix has no empty part (//), which is one of a name to S3: write "

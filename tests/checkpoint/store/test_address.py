@@ -147,6 +147,10 @@ def test_a_url_is_decoded(url: str, folder: str) -> None:
         ("s3://[bad/x", "s3://bucket/prefix"),
         ("s3://bucket/x?endpoint=http://[bad", "http://host:port"),
         ("s3://bucket/x?endpoint=http://h:99999", "http://host:port"),
+        ("s3://bkt.s3.amazonaws.com/p", "a server's name, not a bucket's: write s3://bkt/p"),
+        ("s3://a.b.s3.eu-west-1.amazonaws.com/p", "write s3://a.b/p"),
+        ("s3://bkt.s3-eu-west-1.amazonaws.com", "write s3://bkt"),
+        ("s3://192.168.1.1/p", "write s3://bucket/prefix?endpoint=http://host:port"),
         ("http://h/x", "schemes are"),
     ],
 )
@@ -168,7 +172,19 @@ def test_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "text",
-    ["s3:/b", "s3:b", "S3:/b/p", " s3://b/p", '"s3://b/p"', "'s3://b/p'", "s3:\\\\b", "file:x", "gs:b", "memory:x"],
+    [
+        "s3:/b",
+        "s3:b",
+        "S3:/b/p",
+        " s3://b/p",
+        '"s3://b/p"',
+        "'s3://b/p'",
+        "s3:\\\\b",
+        "file:x",
+        "gs:b",
+        "memory:x",
+        "arn:aws:s3:::b/p",
+    ],
 )
 def test_what_begins_like_an_address_is_no_folder(text: str) -> None:
     with pytest.raises(StoreRefused, match=r"begins like one: write s3://bucket/prefix .* put ./ before it"):
