@@ -9,16 +9,16 @@
  * processor's own mode for that (flush.h). Tiles, blocks of k (the f32 accumulator is carried
  * between them exactly), remainders and threads do not show in the result.
  *
- * Packing (pack.h): a worker packs A once for every block of columns, and adds its rows up meanwhile where a
- * bias's gradient is wanted. A panel of B is packed while, or right after, the one before it is multiplied; where there are more rows
- * than a block it is kept for the others if B fits the scratch, or if a block of its k does beside all the sums, which
- * then wait for the next one; else two panels take turns in the near caches. With AVX-512 the loops of tiles pack a B whose columns lie side by side
- * in memory: they have room for it. What will be packed next, where a panel's sums go or begin, and what they are added
- * to, is asked for from memory meanwhile, a line with every k; and what a tile begins or ends with once more right
- * before it is needed: in the nearest cache nothing outlasts a tile, least of all rows that lie a multiple of 4 KiB
- * apart. A tile is finished (bias, residual, rounding) as soon as its sums are whole, in f32 before they leave the
- * registers. Between tiles a worker does slices of what waits (kernels/deferred.h), whose memory was asked for in the
- * same way.
+ * Packing (pack.h): a worker packs A once for every block of columns, and adds its rows up meanwhile where a bias's
+ * gradient is wanted. A panel of B is packed while, or right after, the one before it is multiplied; where there are more
+ * rows than a block it is kept for the others if B fits the scratch, or if a block of its k does beside all the sums,
+ * which then wait for the next one; else two panels take turns in the near caches. With AVX-512 the loops of tiles pack a
+ * B whose columns lie side by side in memory: they have room for it. What will be packed next, where a panel's sums go or
+ * begin, and what they are added to, is asked for from memory meanwhile, a line with every k; and what a tile begins or
+ * ends with once more right before it is needed: in the nearest cache nothing outlasts a tile, least of all rows that lie
+ * a multiple of 4 KiB apart. A tile is finished (bias, residual, rounding) as soon as its sums are whole, in f32 before
+ * they leave the registers. Between tiles a worker does slices of what waits (kernels/deferred.h), whose memory was asked
+ * for in the same way.
  * Measured figures: docs/, from tests/bench/bench_kernels.py.
  */
 #ifndef HS_KERNELS_CPU_GEMM_H
@@ -69,8 +69,7 @@ typedef struct gemm {
     const float *bias;              /* [n], added at the end; NULL: none */
     const void *res;                /* [m, n] of dt_out, added after the bias; NULL: none */
     int64_t ld_res;
-    float *
-        sums_a; /* [m], to which A's rows are added, k ascending; NULL: none. A's lie side by side */
+    float *sums_a; /* [m], to which A's rows are added, k ascending; NULL: none. Asks for a.row 1 */
 } gemm;
 
 /* Columns [j, j + n), n <= 16, of rows [i, i + m) of the output, from c (rows ldc apart); their bias is at

@@ -37,8 +37,7 @@ typedef struct hs_product {
     uint32_t type_out;
     const void *add; /* [m,n] of out's type: out itself, or what does not overlap it; NULL: none */
     int64_t ld_add;
-    bool
-        fresh; /* add counts as zero, and is not read: by the algorithm of the product that reads it */
+    bool fresh; /* add counts as zero, unread, by the algorithm of the product that reads it */
     const void *bias; /* [n] of out's type; NULL: none */
 } hs_product;
 
