@@ -5,8 +5,8 @@ Agent and supervisor have a session each, so that they survive whoever started t
 A launch works in one folder of one machine, and is claimed in the run's store before anything of it starts
 (``Claims``). Who comes second from another folder works in the first one's, where this machine can reach it; else it
 starts nothing, says where the launch is, and leaves it once it is known to be over: the next attempt then takes a new
-launch. What lies in the folder without a claim in the store is of another store's run of that name: it is put aside, and
-where it still runs nothing is started.
+launch. What lies in the folder without a claim in the store is of another store's run of that name: it is put aside,
+and where it still runs nothing is started.
 
 Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``place.id`` (the folder's
 token), ``launch.key`` (0600, the key from which the attempts' keys derive), and for each node ``node<i>/`` with
