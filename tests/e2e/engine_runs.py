@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,11 +216,14 @@ def attempt_bytes(
 
 @dataclass(frozen=True)
 class Gang:
-    """What a run left: its step events by step (from position 0's stdout) and the folder of its dumps and traces."""
+    """What a run left: its step events by step (from position 0's stdout) and the folder of its dumps and traces.
+    ``took_s``: from before the first process until rank 0 said that all its steps are done.
+    """
 
     plan: Plan
     steps: list[dict[str, Any]]
     folder: Path
+    took_s: float
 
     @property
     def losses(self) -> list[float]:
@@ -277,6 +281,7 @@ def train(
     arenas = [os.memfd_create("hotstage-arena") for _ in plan.ranks.all]  # as the supervisor does
     processes: list[subprocess.Popen[bytes]] = []
     outputs = [(folder / f"stdout-{rank}", folder / f"stderr-{rank}") for rank in range(len(ports))]
+    began = time.time()
     try:
         for rank, listener in enumerate(listeners):
             command = [*prefix, str(engine or engine_binary()), "rank"]
@@ -303,7 +308,8 @@ def train(
         )
         raise AssertionError(f"the gang did not end well\n{words}")
     events = [json.loads(line) for line in outputs[0][0].read_text().splitlines()]
-    return Gang(plan, [event for event in events if event["event"] == "step"], folder)
+    took_s = events[-1]["time"] - began
+    return Gang(plan, [event for event in events if event["event"] == "step"], folder, took_s)
 
 
 def infer(

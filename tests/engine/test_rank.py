@@ -117,6 +117,7 @@ def test_lines_of_a_run(gang: Gang, tmp_path: Path) -> None:
     assert 3.0 < first["loss"] < 4.0  # log 30 = 3.4
     assert (end["code"], end["step"]) == (0, 3)
     assert all((line["run"], line["epoch"], line["rank"]) == ("test", 1, 0) for line in lines)
+    assert all(line["time"] > 1.7e9 for line in lines)
 
 
 def test_stop_after_leaves_early_with_done(gang: Gang, tmp_path: Path) -> None:

@@ -77,7 +77,10 @@ int64_t hs_metrics_rss_bytes(const hs_metrics *metrics) {
 void hs_metrics_event(const hs_metrics *metrics, const char *event, hs_text *text) {
     hs_text_printf(text, "{\"event\":\"%s\",\"run\":", event);
     hs_text_json_string(text, metrics->run);
-    hs_text_printf(text, ",\"epoch\":%" PRIu64 ",\"rank\":%" PRIu32, metrics->epoch, metrics->rank);
+    struct timespec now = {0, 0};
+    (void)clock_gettime(CLOCK_REALTIME, &now); /* for people; nothing is ordered by it */
+    hs_text_printf(text, ",\"epoch\":%" PRIu64 ",\"rank\":%" PRIu32 ",\"time\":%" PRId64 ".%06ld",
+                   metrics->epoch, metrics->rank, (int64_t)now.tv_sec, now.tv_nsec / 1000);
 }
 
 void hs_metrics_evidence(hs_metrics *metrics, const uint8_t *reports, size_t positions,
@@ -108,10 +111,7 @@ void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_
     metrics->skipped += control->skipped;
     metrics->idle += control->counted == 0;
     hs_metrics_event(metrics, "step", text);
-    struct timespec now = {0, 0};
-    (void)clock_gettime(CLOCK_REALTIME, &now); /* for people; nothing is ordered by it */
-    hs_text_printf(text, ",\"time\":%" PRId64 ".%06ld,\"step\":%" PRId64 ",\"loss\":",
-                   (int64_t)now.tv_sec, now.tv_nsec / 1000, control->step);
+    hs_text_printf(text, ",\"step\":%" PRId64 ",\"loss\":", control->step);
     hs_text_json_real(text, control->loss);
     hs_text_printf(text, ",\"grad_norm\":");
     hs_text_json_real(text, control->norm);

@@ -67,8 +67,8 @@ void hs_metrics_evidence(hs_metrics *metrics, const uint8_t *reports, size_t pos
  * orders made it another than the step's number. */
 void hs_metrics_step(hs_metrics *metrics, const hs_step_control *control, int64_t batch,
                      hs_text *text);
-/* The same beginning for any other event: {"event":...,"run":...,"epoch":...,"rank":... (no closing
- * brace). */
+/* The same beginning for any other event: {"event":...,"run":...,"epoch":...,"rank":...,"time":... (no
+ * closing brace); time: seconds since 1970. */
 void hs_metrics_event(const hs_metrics *metrics, const char *event, hs_text *text);
 
 /* Resident bytes of this process, 0 where the system does not say. */

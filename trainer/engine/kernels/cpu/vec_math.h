@@ -113,10 +113,14 @@ VINLINE float exp1_f32(float x) {
 
 /* u32 to f32, rounded once */
 VINLINE vf v_from_u32(vi x) {
+#if HS_VEC == 2
+    return _mm512_cvtepu32_ps(x);
+#else
     const vi magic = vi_set1(0x4b000000u);
     vf high = v_sub(v_from_bits(vi_or(vi_shr(x, 16), magic)), v_set1(8388608.0f));
     vf low = v_sub(v_from_bits(vi_or(vi_and(x, vi_set1(0xffff)), magic)), v_set1(8388608.0f));
     return v_fma(high, v_set1(65536.0f), low);
+#endif
 }
 
 /* Sine and cosine of the angle 2 pi w / 2^32, without argument error: the two top bits (after
