@@ -63,8 +63,8 @@ _MARK_S = 5.0
 # then: a driver that is killed in the middle of a start never leaves a process that the next one does not know.
 _MARK_THEN_EXEC = """
 mark=$1; shift
-started=$(cut -d' ' -f22 /proc/$$/stat) && printf '{"pid": %d, "started": %d}' $$ "$started" > "$mark.new" &&
-mv "$mark.new" "$mark" || exit 71
+started=$(command -p cut -d' ' -f22 /proc/$$/stat) && printf '{"pid": %d, "started": %d}' $$ "$started" > "$mark.new" &&
+command -p mv "$mark.new" "$mark" || exit 71
 exec < /dev/null
 exec "$@"
 """

@@ -106,9 +106,9 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
     vocab = vocab_of(tokenizer)
     for name in ("config.json", "generation_config.json"):
         for number in end_token_ids(_beside(folder / name)) if (folder / name).is_file() else ():
-            if not 0 <= number < vocab:
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab:
                 log.warning(
-                    "%s: eos_token_id %d is passed over: the tokenizer's ids are 0 to %d",
+                    "%s: eos_token_id %.100r is passed over: the tokenizer's ids are 0 to %d",
                     folder / name,
                     number,
                     vocab - 1,

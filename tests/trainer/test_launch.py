@@ -205,6 +205,7 @@ def test_a_dead_process_is_started_anew(started: tuple[LocalLauncher, Launch, Ru
 def test_the_engine_gets_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "do not pass on")
     monkeypatch.setenv("SOME_TOKEN", "do not pass on")
+    monkeypatch.setenv("PATH", "")  # and none of them is looked for along it
     run, _ = make_run(tmp_path, tiny_spec())
     launch = Launch(run.name, run.launch, 1, run.store.url, tmp_path / "out")
     launcher = LocalLauncher(tmp_path / "out")

@@ -106,6 +106,9 @@ def no_window(config: Mapping[str, Any]) -> int:
     layers = config.get("layer_types")
     if layers and any(kind != "full_attention" for kind in layers):
         raise SpecError(f"config.json: layer_types is {_short(layers)}; this family computes 'full_attention' only")
+    count = config.get("num_hidden_layers", config.get("n_layer"))
+    if layers and isinstance(count, int) and len(layers) != count:
+        raise SpecError(f"config.json: layer_types has {len(layers)} entries, and the model {count} layers; which one?")
     window, context = config.get("sliding_window"), config.get("max_position_embeddings")
     inside = isinstance(window, int) and isinstance(context, int) and window >= context
     if window is not None and config.get("use_sliding_window") is not False and not inside:
@@ -184,11 +187,11 @@ def left_out(config: Mapping[str, Any]) -> list[str]:
     return [f"{key} {rate}" for key, rate in rates if isinstance(rate, int | float) and rate]
 
 
-def end_token_ids(config: Mapping[str, Any]) -> list[int]:
-    """The ids that end a text: transformers allows several."""
+def end_token_ids(config: Mapping[str, Any]) -> list[Any]:
+    """What the config says of the ids that end a text, whole numbers or not: transformers allows several."""
     value = config.get("eos_token_id")
     values = value if isinstance(value, list) else [value]
-    return [number for number in values if isinstance(number, int) and not isinstance(number, bool)]
+    return [said for said in values if said is not None]
 
 
 def _like(value: Any) -> tuple[type, ...]:

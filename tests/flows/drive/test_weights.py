@@ -198,16 +198,16 @@ def test_an_ordinary_token_ends_no_text(said_by: Any, tmp_path: Path) -> None:
     assert end_of(folder, tokenizer) == ("<|end|>" if said_by == [2, 0] else None)
 
 
-@pytest.mark.parametrize("beyond", [-1, 293, 10**20])
-def test_an_end_token_beyond_the_vocabulary_is_passed_over_and_told(
-    beyond: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("beyond", [-1, 293, 10**20, "0", True, 0.0])
+def test_an_end_token_that_the_vocabulary_has_not_is_passed_over_and_told(
+    beyond: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"eos_token_id": beyond}))
     (folder / "generation_config.json").unlink()
     assert end_of(folder, Tokenizer.from_file(str(folder / "tokenizer.json"))) == "<|end|>"
-    assert f"config.json: eos_token_id {beyond} is passed over: the tokenizer's ids are 0 to" in caplog.text
+    assert f"config.json: eos_token_id {beyond!r} is passed over: the tokenizer's ids are 0 to" in caplog.text
 
 
 @pytest.mark.parametrize("data", [b"{bad", b"[]", b"\xff\xfe{}"])

@@ -81,6 +81,7 @@ def read(config: dict[str, Any]) -> ModelSpec:
         ({"sliding_window": 64}, "sliding_window is 64"),
         ({"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window is True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries, and the model 2 layers"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
