@@ -113,7 +113,7 @@ def cron_of(line: str, zone: str, day_or: bool = True) -> Any:
         raise ValueError(f"--cron {line!r} is no cron line; {five}, or @hourly, @daily, @weekly, @monthly") from error
     for field, (what, size) in zip(fields, _FIELDS, strict=False):
         for step in re.findall(r"\*/(\d+)", field):
-            if int(step) >= size:
+            if int(step) > size:  # one of 60 minutes is an hour, as it is meant
                 raise ValueError(
                     f"--cron {line!r}: a step of {step} in {what} is never reached, there are {size}: it fires once in "
                     f"all of them; write that {what.removesuffix('s')}, or take --interval SECONDS"

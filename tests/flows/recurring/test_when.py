@@ -35,7 +35,7 @@ from trainer.spec import load_spec
         ("0 H(1-3) * * *", "H is Jenkins's"),
         ("\uff10 2 * * *", "beyond ASCII"),
         ("*/90 * * * *", "a step of 90 in minutes is never reached, there are 60: .*--interval SECONDS"),
-        ("0 3,*/24 * * *", "a step of 24 in hours is never reached"),
+        ("0 3,*/36 * * *", "a step of 36 in hours is never reached"),
         ("0 0 31 2 *", "never fires"),
         ("0 0 30 feb *", "never fires"),
         ("0 0 31 4,6,9,11 *", "never fires"),
@@ -56,7 +56,7 @@ def test_a_cron_line_that_is_none_or_never_fires(line: str, words: str) -> None:
         "0 0 29 2 *",
         "0 0 * jan-mar *",
         "0 0 13 * 5",
-        "*/59 */23 */30 * *",
+        "*/60 */24 */31 */12 */7",
     ],
 )
 def test_cron_lines_that_are_taken(line: str) -> None:
