@@ -96,7 +96,7 @@ def build_plan_fuzz(sanitize: str = "") -> Path:
     """``programs/plan_fuzz.c`` with the engine's loader, linker and portable kernels."""
     rooms = ["core/status", "core/text", "core/arena", "core/hash", "core/math", "core/threads"]
     rooms += ["kernels/deferred", "kernels/extent", "kernels/cpu/all"]
-    rooms += ["data/order", "run/hazards", "run/linker", "run/spaces", "run/touches"]
+    rooms += ["data/order", "run/hazards", "run/linker", "run/spaces", "run/together", "run/touches"]
     sources = [SOURCES / f"{room}.c" for room in rooms]
     sources += sorted((SOURCES / "run" / "plan").glob("*.c"))
     flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wno-psabi -DHS_PATH=portable")
