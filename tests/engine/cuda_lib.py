@@ -30,7 +30,7 @@ from trainer.folders import cache_folder
 
 CUDA = ENGINE / "kernels" / "cuda"
 BACKEND = ENGINE / "backend" / "cuda"
-COMMON = shlex.split("-O1 -g -fPIC -ffp-contract=off -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror")
+COMMON = shlex.split("-O1 -g1 -fPIC -ffp-contract=off -Wall -Wextra -Wshadow -Wno-unknown-pragmas -Werror")
 CXX = shlex.split(
     "-x c++ -std=c++17 -fno-exceptions -fno-rtti -fno-threadsafe-statics -DHS_CUDA_EMULATED -D_GNU_SOURCE"
 )

@@ -99,7 +99,7 @@ def build_plan_fuzz(sanitize: str = "") -> Path:
     rooms += ["data/order", "run/hazards", "run/linker", "run/spaces", "run/together", "run/touches"]
     sources = [SOURCES / f"{room}.c" for room in rooms]
     sources += sorted((SOURCES / "run" / "plan").glob("*.c"))
-    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wno-psabi -DHS_PATH=portable")
+    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g1 -pthread -ffp-contract=off -Wno-psabi -DHS_PATH=portable")
     flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
     return _small("plan_fuzz", [PROGRAMS / "plan_fuzz.c", *sources], flags)
 
@@ -107,7 +107,7 @@ def build_plan_fuzz(sanitize: str = "") -> Path:
 def build_flipping(kernel: str, step: int, rank: int, *, nan: bool = False) -> Path:
     """The engine with ``programs/flip_kernel.c`` around its kernels: this one is wrong once, by a bit or a NaN."""
     built = build_folder()
-    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra -Werror -rdynamic")
+    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g1 -pthread -ffp-contract=off -Wall -Wextra -Werror -rdynamic")
     flags += [f"-DFLIP_OP=HS_K_{kernel}", f"-DFLIP_STEP={step}", f'-DFLIP_RANK="{rank}"', *["-DFLIP_NAN"] * nan]
     flags += ["-Wl,--wrap=hs_kernels_pick", f"-DBUILT={built.name}"]  # the library's content counts for what is kept
     sources = [PROGRAMS / "flip_kernel.c", SOURCES / "main.c", built / "libhotstage.a"]
@@ -116,13 +116,13 @@ def build_flipping(kernel: str, step: int, rank: int, *, nan: bool = False) -> P
 
 def build_preload() -> Path:
     """``programs/preload_alloc.c``, to load before the engine (LD_PRELOAD)."""
-    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g -shared -fPIC -Wall -Wextra -Werror")
+    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g1 -shared -fPIC -Wall -Wextra -Werror")
     return _small("preload_alloc", [PROGRAMS / "preload_alloc.c"], flags)
 
 
 def build_idle_device() -> Path:
     """``programs/idle_device.c``, for HOTSTAGE_CUDA."""
-    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O2 -g -shared -fPIC -Wall -Wextra -Werror")
+    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O2 -g1 -shared -fPIC -Wall -Wextra -Werror")
     return _small("idle_device", [PROGRAMS / "idle_device.c", SOURCES / "core" / "status.c"], flags)
 
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "trainer" / "engine"
 HERE = Path(__file__).resolve().parent
 FLAGS = shlex.split(
-    "-std=c11 -D_GNU_SOURCE -O2 -g -fPIC -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes "
+    "-std=c11 -D_GNU_SOURCE -O2 -g1 -fPIC -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes "
     "-Wmissing-prototypes -Wvla -Wundef -Wformat=2 -Werror"
 )
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx2"]

@@ -19,7 +19,7 @@ from tests.engine.engine_build import ROOT, build_folder
 from tests.support.compilers import find
 
 PROGRAMS = Path(__file__).resolve().parent / "programs"
-FLAGS = "-std=c11 -D_GNU_SOURCE -O1 -g -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Werror"
+FLAGS = "-std=c11 -D_GNU_SOURCE -O1 -g1 -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Werror"
 
 
 @functools.cache

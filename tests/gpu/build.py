@@ -34,7 +34,7 @@ FOLDER = ROOT / "out" / "gpu-build"
 # as trainer/engine/CMakeLists.txt; the rehearsal compares the rooms
 ROOMS = ("backend", "core", "comm", "data", "kernels", "kernels/ref", "run", "run/*", "snapshot")
 C = shlex.split(
-    "-std=c11 -D_GNU_SOURCE -O2 -g -fPIC -pthread -Wall -Wextra -Wno-psabi -ffp-contract=off -fno-math-errno"
+    "-std=c11 -D_GNU_SOURCE -O2 -g1 -fPIC -pthread -Wall -Wextra -Wno-psabi -ffp-contract=off -fno-math-errno"
 )
 # as `make cuda` compiles, but for the warnings and the resources that it asks for, and with the box's own C++ library
 DEVICE = [flag for flag in cuda.FLAGS if flag not in ("-Werror", "all-warnings", "-Xptxas", "-v")]
