@@ -22,8 +22,8 @@ hs_status hs_link(const hs_plan *plan, const hs_plan_position *position, uint32_
                   hs_spaces *spaces, hs_linked **out, hs_why *why);
 void hs_linked_destroy(hs_linked *linked); /* NULL is fine */
 
-/* Issues the calls of a RUN action's program, in order, but what may be one launch (together.h). A call that fails at once is named in why; others
- * show at a wait. A device that has graphs gets the calls of a step's action one by one the first time (what
+/* Issues the calls of a RUN action's program in order, those that may be one launch together (together.h). A call that
+ * fails at once is named in why; others show at a wait. A device that has graphs gets the calls of a step's action one by one the first time (what
  * a library or driver loads at its first launch may not be loaded inside of a capture), the second
  * time captured, and from then on as one graph, of at most HS_LINKED_GRAPHS for HS_LINKED_GRAPH_CALLS
  * calls (programs of one call, and what comes beyond that in the list of a step, are issued each

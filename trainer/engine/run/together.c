@@ -3,6 +3,8 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "run/touches.h"
+
 /* Bytes [begin, end) of a space that a call touches. A program's calls are of one slot and one microbatch. */
 typedef struct range {
     uint64_t begin, end;
@@ -32,16 +34,14 @@ typedef struct turning {
 
 static touched touched_by(const hs_plan_call *call, uint32_t replica) {
     touched t = {.count = 0};
-    const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
-    for (int o = 0; o < facts->operand_count; o++) {
-        const hs_plan_ref ref = hs_plan_resolve(&call->ptr[o], replica);
-        uint64_t bytes = ref.bytes;
+    for (int o = 0; o < hs_kernel_facts_of(call->kernel)->operand_count; o++) {
+        int how;
+        const hs_plan_ref ref = hs_touched_by(call, o, replica, &how);
         if (ref.space == HS_SPACE_NONE) continue;
-        (void)hs_kernel_extent(call->kernel, call->dtype, call->dim, o, &bytes);
         t.ranges[t.count++] = (range){.begin = ref.offset,
-                                      .end = ref.offset + bytes,
+                                      .end = ref.offset + ref.bytes,
                                       .space = ref.space,
-                                      .writes = facts->operands[o].role != HS_ROLE_READ};
+                                      .writes = how & HS_TOUCH_WRITES};
     }
     return t;
 }

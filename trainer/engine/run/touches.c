@@ -113,6 +113,16 @@ static void place_cells(hs_touches *t) {
     }
 }
 
+hs_plan_ref hs_touched_by(const hs_plan_call *call, int operand, uint32_t replica, int *how) {
+    const hs_role role = hs_kernel_facts_of(call->kernel)->operands[operand].role;
+    hs_plan_ref ref = hs_plan_resolve(&call->ptr[operand], replica);
+    *how = (role == HS_ROLE_READ || role == HS_ROLE_UPDATE ? HS_TOUCH_READS : 0) |
+           (role != HS_ROLE_READ ? HS_TOUCH_WRITES : 0);
+    if (ref.space != HS_SPACE_NONE)
+        (void)hs_kernel_extent(call->kernel, call->dtype, call->dim, operand, &ref.bytes);
+    return ref;
+}
+
 /* What a program touches, over all of its calls. */
 static void scan_program(hs_touches *t, uint32_t number) {
     const hs_plan *plan = t->c.plan;
@@ -124,17 +134,13 @@ static void scan_program(hs_touches *t, uint32_t number) {
         const hs_plan_call *call = &plan->calls[program->first_call + k];
         const hs_kernel_facts *facts = hs_kernel_facts_of(call->kernel);
         for (int o = 0; o < facts->operand_count; o++) {
-            const hs_plan_ref ref = hs_plan_resolve(&call->ptr[o], t->c.replica);
-            uint64_t bytes = ref.bytes;
+            int how;
+            const hs_plan_ref ref = hs_touched_by(call, o, t->c.replica, &how);
             if (ref.space == HS_SPACE_NONE) continue;
-            (void)hs_kernel_extent(call->kernel, call->dtype, call->dim, o, &bytes);
-            const uint64_t end = ref.offset + bytes;
-            const hs_role role = facts->operands[o].role;
-            const uint8_t how =
-                (uint8_t)((role == HS_ROLE_READ || role == HS_ROLE_UPDATE ? HS_TOUCH_READS : 0) |
-                          (role != HS_ROLE_READ ? HS_TOUCH_WRITES : 0));
+            const uint64_t end = ref.offset + ref.bytes;
             uint32_t i = find(t->ranges, t->range_count, ref.space, ref.offset);
-            for (; meets(t->ranges, t->range_count, i, ref.space, end); i++) touched[i] |= how;
+            for (; meets(t->ranges, t->range_count, i, ref.space, end); i++)
+                touched[i] |= (uint8_t)how;
             i = find(t->states, t->state_count, ref.space, ref.offset);
             if ((how & HS_TOUCH_WRITES) && meets(t->states, t->state_count, i, ref.space, end))
                 t->seen[number] |= 2;

@@ -15,6 +15,10 @@
 
 enum { HS_TOUCH_READS = 1, HS_TOUCH_WRITES = 2 };
 
+/* What an operand of a call touches, as a replica has it: the bytes that its kernel reaches, of HS_SPACE_NONE where there
+ * is none. *how: HS_TOUCH_*. */
+hs_plan_ref hs_touched_by(const hs_plan_call *call, int operand, uint32_t replica, int *how);
+
 typedef struct hs_touches_config {
     const hs_plan *plan;
     const hs_plan_position *position;

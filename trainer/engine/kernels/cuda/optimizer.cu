@@ -218,56 +218,52 @@ template <typename T> static hs_status fold_op(cudaStream_t stream, const hs_fol
 }
 HS_CUDA_OP(fold)
 
-static void square(calls<squared> &all, unsigned &blocks, void *part, const void *from, int64_t n) {
+static void square(calls<squared> &all, void *part, const void *from, int64_t n) {
     const float *x = static_cast<const float *>(from);
-    all.call[all.count] = squared{static_cast<double *>(part), x, n, wide_at(x)};
-    add_call(all, blocks, hs_ceil_div(n, HS_SUMSQ_BLOCK));
+    add_call(all, squared{static_cast<double *>(part), x, n, wide_at(x)},
+             hs_ceil_div(n, HS_SUMSQ_BLOCK));
 }
 
-static void join(calls<joined_pairs> &all, unsigned &blocks, void *out, const void *from,
-                 void *tree, int64_t n) {
-    all.call[all.count] =
-        joined_pairs{static_cast<double *>(out), static_cast<const double *>(from),
-                     static_cast<double *>(tree), n};
-    add_call(all, blocks, 1);
+static void join(calls<joined_pairs> &all, void *out, const void *from, void *tree, int64_t n) {
+    add_call(all,
+             joined_pairs{static_cast<double *>(out), static_cast<const double *>(from),
+                          static_cast<double *>(tree), n},
+             1);
 }
 
 template <typename T>
 static hs_status sumsq_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
     calls<squared> all = {};
     calls<joined_pairs> joins = {};
-    unsigned blocks = 0, sums = 0;
     for (uint32_t i = 0; i < count; i++) {
         const hs_sumsq_args a = hs_sumsq_args_of(&args[i]);
-        square(all, blocks, a.part, a.x, a.n);
-        join(joins, sums, a.out, a.part, a.part, hs_ceil_div(a.n, HS_SUMSQ_BLOCK));
+        square(all, a.part, a.x, a.n);
+        join(joins, a.out, a.part, a.part, hs_ceil_div(a.n, HS_SUMSQ_BLOCK));
     }
-    HS_TRY(HS_LAUNCH(sumsq_parts, blocks, FLAT, stream, all));
-    return HS_LAUNCH(join_pairs, sums, FLAT, stream, joins);
+    HS_TRY(HS_LAUNCH(sumsq_parts, all.blocks, FLAT, stream, all));
+    return HS_LAUNCH(join_pairs, joins.blocks, FLAT, stream, joins);
 }
 HS_CUDA_TOGETHER_OP(sumsq)
 
 template <typename T>
 static hs_status sumsq_parts_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
     calls<squared> all = {};
-    unsigned blocks = 0;
     for (uint32_t i = 0; i < count; i++) {
         const hs_sumsq_parts_args a = hs_sumsq_parts_args_of(&args[i]);
-        square(all, blocks, a.part, a.x, a.n);
+        square(all, a.part, a.x, a.n);
     }
-    return HS_LAUNCH(sumsq_parts, blocks, FLAT, stream, all);
+    return HS_LAUNCH(sumsq_parts, all.blocks, FLAT, stream, all);
 }
 HS_CUDA_TOGETHER_OP(sumsq_parts)
 
 template <typename T>
 static hs_status sum_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
     calls<joined_pairs> joins = {};
-    unsigned sums = 0;
     for (uint32_t i = 0; i < count; i++) {
         const hs_sum_args a = hs_sum_args_of(&args[i]);
-        join(joins, sums, a.out, a.part, a.tree, a.n);
+        join(joins, a.out, a.part, a.tree, a.n);
     }
-    return HS_LAUNCH(join_pairs, sums, FLAT, stream, joins);
+    return HS_LAUNCH(join_pairs, joins.blocks, FLAT, stream, joins);
 }
 HS_CUDA_TOGETHER_OP(sum)
 
@@ -295,7 +291,6 @@ static hs_status update(cudaStream_t stream, const hs_args *args, uint32_t count
                                (float)(1.0 - a.beta2),
                                (float)a.eps};
         calls<updated<T>> all = {};
-        unsigned blocks = 0;
         for (; i < count; i++) {
             const hs_adamw_args b = update_of(&args[i], copy);
             if (!share_reals(a, b)) break;
@@ -309,11 +304,10 @@ static hs_status update(cudaStream_t stream, const hs_args *args, uint32_t count
                             b.ZERO_G != 0,
                             false};
             u.wide = wide_at(u.w) && wide_at(u.m) && wide_at(u.v) && wide_at(u.g) && wide_at(u.wc);
-            all.call[all.count] = u;
-            add_call(all, blocks, flat_blocks(hs_ceil_div(b.n, pack_of<T>::N)));
+            add_call(all, u, flat_blocks(hs_ceil_div(b.n, pack_of<T>::N)));
         }
         static_assert(sizeof all + sizeof k <= 4096, "arguments of a kernel");
-        HS_TRY(HS_LAUNCH((adamw<T, copy>), blocks, FLAT, stream, all, k));
+        HS_TRY(HS_LAUNCH((adamw<T, copy>), all.blocks, FLAT, stream, all, k));
     }
     return HS_OK;
 }
@@ -333,28 +327,25 @@ HS_CUDA_TOGETHER_OP(adamw_copy)
 template <typename T>
 static hs_status zero_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
     calls<zeroed> all = {};
-    unsigned blocks = 0;
     for (uint32_t i = 0; i < count; i++) {
         const hs_zero_args a = hs_zero_args_of(&args[i]);
         unsigned char *dst = static_cast<unsigned char *>(a.dst);
-        all.call[all.count] = zeroed{dst, a.bytes, wide_at(dst)};
-        add_call(all, blocks, flat_blocks(hs_ceil_div(a.bytes, 16)));
+        add_call(all, zeroed{dst, a.bytes, wide_at(dst)}, flat_blocks(hs_ceil_div(a.bytes, 16)));
     }
-    return HS_LAUNCH(zero, blocks, FLAT, stream, all);
+    return HS_LAUNCH(zero, all.blocks, FLAT, stream, all);
 }
 HS_CUDA_TOGETHER_OP(zero)
 
 template <typename T>
 static hs_status cast_op(cudaStream_t stream, const hs_args *args, uint32_t count) {
     calls<narrowed<T>> all = {};
-    unsigned blocks = 0;
     for (uint32_t i = 0; i < count; i++) {
         const hs_cast_args a = hs_cast_args_of(&args[i]);
         T *dst = static_cast<T *>(a.dst);
         const float *src = static_cast<const float *>(a.src);
-        all.call[all.count] = narrowed<T>{dst, src, a.n, wide_at(dst) && wide_at(src)};
-        add_call(all, blocks, flat_blocks(hs_ceil_div(a.n, pack_of<T>::N)));
+        add_call(all, narrowed<T>{dst, src, a.n, wide_at(dst) && wide_at(src)},
+                 flat_blocks(hs_ceil_div(a.n, pack_of<T>::N)));
     }
-    return HS_LAUNCH((cast<T>), blocks, FLAT, stream, all);
+    return HS_LAUNCH((cast<T>), all.blocks, FLAT, stream, all);
 }
 HS_CUDA_TOGETHER_OP(cast)

@@ -7,15 +7,17 @@
 
 /* A kernel's argument: const __grid_constant__ calls<Call>, of which a launch may have 4 KiB in all. */
 template <typename Call> struct calls {
-    uint32_t count, first[HS_CUDA_TOGETHER]; /* block */
+    uint32_t count, blocks;           /* of the launch */
+    uint32_t first[HS_CUDA_TOGETHER]; /* block of each */
     Call call[HS_CUDA_TOGETHER];
 };
 
-/* One more, of so many blocks, behind `blocks` of those before. */
+/* One more, of so many blocks. */
 template <typename Call>
-static inline void add_call(calls<Call> &c, unsigned &blocks, int64_t more) {
-    c.first[c.count++] = blocks;
-    blocks += (unsigned)more;
+static inline void add_call(calls<Call> &c, const Call &call, int64_t blocks) {
+    c.first[c.count] = c.blocks;
+    c.call[c.count++] = call;
+    c.blocks += (uint32_t)blocks;
 }
 
 /* The call that this block works on, and its number there. */
