@@ -187,7 +187,9 @@ def chosen(text: str | None, devices: Sequence[Device]) -> list[Device]:
         if word.isascii() and word.isdigit():
             same = [device for device in devices if len(word) < 10 and device.index == int(word)]
         elif word.upper().startswith(("GPU-", "MIG-")):
-            same = [device for device in devices if device.uuid.lower().startswith(word.lower())]
+            # CUDA's number is the same whatever it is of; nvidia-smi writes MIG- before that of a slice
+            begin = word[4:].lower()
+            same = [device for device in devices if device.uuid[4:].lower().startswith(begin)]
             if len(same) > 1:
                 raise NoDevice(f"{shown}: {word[:80]!r} is the beginning of {len(same)} UUIDs; write more of it")
         else:

@@ -152,6 +152,39 @@ extern "C" int hs_test_products(uint32_t kernel, uint32_t dtype, void *const *pt
     return st;
 }
 
+/* With so many bytes of dynamic shared memory beside its own. */
+extern "C" int hs_test_beside(float *out, const float *in, uint64_t bytes) {
+    cudaStream_t stream = NULL;
+    return HS_LAUNCH_SHARED(sick, 1, SICK_THREADS, (size_t)bytes, stream, out, in, SOUND);
+}
+
+/* What CUDA says to: 0 work on a stream, 1 a question to an event, 2 an event's record, of a device that this thread
+ * has turned away from; 3 a copy to host memory of which the first page is pinned, 4 from it; 5 the pinning of half a
+ * page whose other half is pinned. Two devices. */
+extern "C" int hs_test_refused(int what) {
+    enum { PAGE = 4096 };
+    static char *const at = static_cast<char *>(aligned_alloc(PAGE, 4 * PAGE));
+    cudaStream_t stream;
+    cudaEvent_t event;
+    void *memory;
+    if (cudaSetDevice(1) || cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, 0) ||
+        cudaEventCreateWithFlags(&event, cudaEventDisableTiming) || cudaMalloc(&memory, 2 * PAGE))
+        return -1;
+    if (what <= 2 && cudaSetDevice(0)) return -1;
+    if (what >= 3 && cudaHostRegister(at, PAGE / 2 * (what < 5 ? 2 : 1), cudaHostRegisterDefault))
+        return -1;
+    const cudaError_t found =
+        what == 0   ? cudaMemsetAsync(memory, 0, PAGE, stream)
+        : what == 1 ? cudaEventQuery(event)
+        : what == 2 ? cudaEventRecord(event, stream)
+        : what == 3 ? cudaMemcpyAsync(at, memory, 2 * PAGE, cudaMemcpyDeviceToHost, stream)
+        : what == 4 ? cudaMemcpyAsync(memory, at, 2 * PAGE, cudaMemcpyHostToDevice, stream)
+                    : cudaHostRegister(at + PAGE / 2, PAGE / 2, cudaHostRegisterDefault);
+    if (what >= 3) (void)cudaHostUnregister(at);
+    (void)cudaSetDevice(0);
+    return found;
+}
+
 /* A page of the host's, or of a device's. */
 extern "C" void *hs_test_memory(int of_device) {
     void *at = NULL;

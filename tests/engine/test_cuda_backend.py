@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,20 @@ REFUSALS: dict[str, tuple[tuple[int, ...], dict[str, str], str]] = {
         "UNSUPPORTED: kernel path avx2 runs on the CPU, and this rank runs on a CUDA device; choose launch.kernel_path "
         "auto, cuda or cuda-exact, or run on the CPU",
     ),
+    "another-process-has-it": (
+        (),
+        {"MODE": "3"},
+        "UNSUPPORTED: CUDA device 0 (Emulated 9.0) is in compute mode exclusive-process: another process has it, a "
+        "rank of this run perhaps; give each rank a device of its own (HOTSTAGE_DEVICES), or set the mode to default "
+        "(nvidia-smi -i GPU-00010203-0405-0607-0809-0a0b0c0d0e0f -c DEFAULT)",
+    ),
+    "no-process-may-have-it": (
+        (),
+        {"MODE": "2"},
+        "UNSUPPORTED: CUDA device 0 (Emulated 9.0) is in compute mode prohibited: use another device "
+        "(HOTSTAGE_DEVICES), or set the mode to default "
+        "(nvidia-smi -i GPU-00010203-0405-0607-0809-0a0b0c0d0e0f -c DEFAULT)",
+    ),
     "little-memory": (
         (0, 0, 3 * GIB),
         {"FREE": str(2 * GIB)},
@@ -153,9 +168,16 @@ def test_a_graph_is_the_calls_that_it_was_made_of(order: str) -> None:
     assert told("graph", ORDER=order) == ["equal 3"]
 
 
-@pytest.mark.parametrize("what", ["kernel", "event", "follow", "capture", "memory", "copy"])
+@pytest.mark.parametrize("what", ["kernel", "event", "follow", "capture", "memory", "copy", "query", "wait"])
 def test_what_a_capture_does_not_hold(what: str) -> None:
     assert refused(BUG, f"rule-{what}").startswith("BUG: ")
+
+
+def test_what_fails_in_a_capture_says_why() -> None:
+    """The device cannot be asked then whether it failed."""
+    assert refused(BUG, "rule-product") == (
+        "BUG: a product of 4 x 8 x 8 was never asked for, so that it has no algorithm"
+    )
 
 
 def test_other_streams_go_on_beside_a_capture() -> None:
@@ -164,6 +186,21 @@ def test_other_streams_go_on_beside_a_capture() -> None:
 
 def test_queries() -> None:
     assert told("query") == ["never recorded 1", "asked several times"]
+
+
+REFUSED_BY_CUDA = {0: 400, 1: 400, 2: 400, 3: 1, 4: 1, 5: 712}
+"""What hs_test_refused (cuda_lib.cc) asks for, and what a driver says."""
+
+
+def test_what_cuda_itself_refuses(library: Path) -> None:
+    """A thread works with its own device's streams and events, a copy with host memory that is pinned whole or not at
+    all, and what is pinned are pages: where the emulator takes more, a GPU shows it first."""
+    code = "import ctypes, sys; c = ctypes.CDLL(sys.argv[1]); print(*(c.hs_test_refused(n) for n in range(6)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(library)],
+        env=os.environ | {"HS_EMULATED_DEVICES": "2"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert dict(enumerate(map(int, done.stdout.split()))) == REFUSED_BY_CUDA
 
 
 def test_memory_of_others_is_pinned_until_close() -> None:
@@ -218,7 +255,11 @@ def test_the_first_failure_stays() -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(222, UNSUPPORTED), (223, UNSUPPORTED), (714, BUG), (904, BUG), (907, BUG), (999, DEVICE)],
+    [
+        *((code, UNSUPPORTED) for code in (200, 222, 223, 805, 807, 808, 809)),
+        *((code, BUG) for code in (714, 800, 904, 907)),
+        *((code, DEVICE) for code in (226, 999)),
+    ],
 )
 def test_whose_fault_it_is(error: int, code: int) -> None:
     """An exit code of 88 leaves the machine out of later launches: neither a fault of ours nor a driver that does not

@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,10 @@ from tests.engine.test_device import (
     library,
     runs,
 )
-from tests.gpu.roofline import TOGETHER
 from trainer import wire
 from trainer.plan.compiled import Plan
+from trainer.plan.devices import launches
 from trainer.plan.memory import staging_bytes
-from trainer.plan.records import BoundCall
 
 __all__ = ["emulated", "engine", "library", "runs"]  # fixtures
 
@@ -150,13 +148,6 @@ def test_pinned_memory_is_what_the_plan_says(runs: MakeRuns, parallel: dict[str,
         lines = (json.loads(line) for line in (folder / f"stderr-{rank}").read_text().splitlines())
         (told,) = (line["staging_bytes"] for line in lines if line.get("event") == "started")
         assert told == staging_bytes(plan.config, position, plan.channels, len(plan.tensors))
-
-
-def launches(calls: Sequence[BoundCall]) -> int:
-    """Of a program whose calls for tensors may change places with all others, and are fp32."""
-    kernels = [call.kernel for call in calls]
-    together = [name for name in kernels if name in TOGETHER]
-    return len(kernels) - len(together) + len(set(together))
 
 
 def test_programs_become_graphs_in_the_second_step(runs: MakeRuns) -> None:

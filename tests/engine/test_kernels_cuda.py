@@ -246,6 +246,16 @@ def sick(cuda: CudaLib, kind: int, seed: int = 1) -> tuple[int, Array]:
     return int(cuda.c.hs_test_sick(*(ctypes.c_void_p(a.ctypes.data) for a in (out, x)), kind)), out
 
 
+def test_shared_memory_of_a_launch_and_of_arrays_is_one(cuda: CudaLib) -> None:
+    """99 KiB where nobody said more: what fits alone does not fit beside an array."""
+    x, out = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
+    addresses = [ctypes.c_void_p(a.ctypes.data) for a in (out, x)]
+    own = x.nbytes  # of sick's array
+    assert cuda.c.hs_test_beside(*addresses, ctypes.c_uint64((99 << 10) - own)) == 0
+    assert cuda.c.hs_test_beside(*addresses, ctypes.c_uint64((99 << 10) - own + 1)) == -3
+    assert "256 bytes in arrays of shared memory beside 101121 that the launch asks for" in cuda.text()
+
+
 def test_a_barrier_that_is_missing_and_an_element_that_nobody_wrote_show(cuda: CudaLib) -> None:
     rc, good = sick(cuda, 0)
     assert rc == 0

@@ -111,6 +111,30 @@ def test_the_table_decides_the_bits(kernels: KernelLib, cuda: CudaLib, monkeypat
     assert results[0] == results[2] != results[1]
 
 
+def test_an_algorithm_is_kept_for_the_alignment_that_it_was_offered_for(kernels: KernelLib, cuda: CudaLib) -> None:
+    """A library's fast kernels take operands at multiples of 16 bytes alone, and refuse others."""
+    case = Case("linear_fwd", (16, 8, 16, 8, 16, 8), absent=(4,))
+    call = Call.make(kernels, case, wire.F32)
+
+    def at(byte: int) -> list[Array | None]:
+        found = copies(call)
+        for i, x in enumerate(found):
+            if x is not None:
+                room = np.zeros(x.nbytes + 32, np.uint8)
+                room = room[(-room.ctypes.data + byte) % 16 :][: x.nbytes].view(x.dtype)
+                room[:] = x.reshape(-1)
+                found[i] = room
+        return found
+
+    tables = {byte: cuda.chosen(case.kernel, wire.F32, at(byte), case.dims) for byte in (0, 4)}
+    assert {byte: table[0].key.align_a for byte, table in tables.items()} == {0: 16, 4: 4}
+    cuda.products(case.kernel, wire.F32, at(4), case.dims, (), tables[4])
+    tables[4][0].algorithm[:] = tables[0][0].algorithm[:]
+    with pytest.raises(Refused, match="an unsupported value") as refused:
+        cuda.products(case.kernel, wire.F32, at(4), case.dims, (), tables[4])
+    assert refused.value.status == BUG
+
+
 def test_what_a_run_has_is_not_chosen_again(kernels: KernelLib, cuda: CudaLib) -> None:
     call = some_call(kernels, "classifier_grad")
     table = chosen(cuda, call)

@@ -16,11 +16,13 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 CANNOT = 69
 BARE = Path(__file__).resolve().parent / "bare"
 NEEDED = {"numpy": "numpy", "pydantic": "pydantic", "pytest": "pytest"}
+STAND_INS = ("msgpack", "safetensors")  # in BARE
 FIGURES = ("train", "torch", "jax", "roofline", "timeline", "snapshot", "fp8", "facts")
 BUDGET_S = 540.0
 
@@ -29,9 +31,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def missing_packages() -> list[str]:
+def missing_packages(names: Iterable[str] = tuple(NEEDED)) -> list[str]:
     """Of what the session cannot do without."""
-    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def python_path(stand_ins: bool) -> str:
+    """Of a stage's processes and the peers': it comes before what is installed, so that what stands in for packages is
+    left out where none of them is missing."""
+    return os.pathsep.join(p for p in (os.environ.get("PYTHONPATH", ""), str(BARE) if stand_ins else "") if p)
 
 
 def main() -> int:
@@ -51,6 +59,7 @@ def main() -> int:
         )
         return CANNOT
     # what this tree imports and a bare machine may lack has a small stand-in, behind what is installed
+    stand_ins = bool(missing_packages(STAND_INS))
     sys.path.append(str(BARE))
     from tests.gpu import box
 
@@ -68,8 +77,7 @@ def main() -> int:
         "device": "emulated" if box.emulated() else gpus[0]["name"],
         "driver": "none" if box.emulated() else gpus[0]["driver_version"],
     }
-    path = os.pathsep.join(p for p in (os.environ.get("PYTHONPATH", ""), str(BARE)) if p)
-    environment = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | box.libraries()
+    environment = {"PYTHONPATH": python_path(stand_ins), "PYTHONUNBUFFERED": "1"} | box.libraries()
     listed = stages()
     if options.what == "test":
         listed = [s for s in listed if not s.name.startswith(FIGURES)]

@@ -5,6 +5,7 @@ python -m tests.gpu.box        prints it as JSON
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.metadata
 import importlib.util
@@ -19,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = {  # what libhs_cuda.so opens, with the wheel that has it
-    "cublasLt": "nvidia-cublas",
-    "cudnn": "nvidia-cudnn-cu13",
-    "nccl": "nvidia-nccl-cu13",
+    "libcublasLt.so.13": "nvidia-cublas",
+    "libnccl.so.2": "nvidia-nccl-cu13",
 }
+PRODUCTS = "libcublasLt.so.13"  # without it there is no kernel path cuda
 
 
 def site_folders() -> list[Path]:
@@ -55,11 +56,19 @@ def library_folders() -> list[str]:
         folder for site in site_folders() for folder in (*sorted(site.glob("*/lib")), *sorted(site.glob("*/lib64")))
     ]
     folders += [kit / name for kit in toolkits() for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    return [
-        str(folder)
-        for folder in dict.fromkeys(folders)
-        if any(next(folder.glob(f"lib{name}.so*"), None) for name in LIBRARIES)
-    ]
+    return [str(folder) for folder in dict.fromkeys(folders) if any((folder / name).exists() for name in LIBRARIES)]
+
+
+def opens(name: str) -> bool:
+    """Whether the backend finds a library: in its folders, or where the system looks."""
+    named = os.environ.get("HOTSTAGE_CUDA_LIBRARIES")
+    folders = library_folders() if named is None else [folder for folder in named.split(os.pathsep) if folder]
+    if any((Path(folder) / name).exists() for folder in folders):
+        return True
+    try:
+        return bool(ctypes.CDLL(name))
+    except OSError:
+        return False
 
 
 def libraries() -> dict[str, str]:
@@ -140,6 +149,11 @@ def lacks() -> dict[str, str]:
     missing = [name for name in ("gcc", "g++") if not shutil.which(name)]
     if missing and not (missing == ["g++"] and os.environ.get("HOTSTAGE_CUDA")):
         found["compilers"] = f"{' and '.join(missing)} missing: gcc builds the engine, nvcc uses g++ for the library"
+    if not emulated() and not opens(PRODUCTS):
+        found["products"] = (
+            f"{PRODUCTS} is not found, which kernel path cuda needs: not in HOTSTAGE_CUDA_LIBRARIES, else in toolkits "
+            f"and wheels, nor where the system looks; the wheel {LIBRARIES[PRODUCTS]} 13 has it"
+        )
     for name in ("torch", "jax"):
         if module_version(name) is None:
             found[name] = f"{name} is not installed in {sys.executable}"

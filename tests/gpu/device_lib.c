@@ -83,6 +83,11 @@ void hs_gpu_facts(uint64_t out[4]) {
     out[3] = the.facts.scratch_bytes;
 }
 
+/* How many calls of a kernel are a launch at most. */
+uint32_t hs_gpu_together(uint32_t kernel) {
+    return the.table->together ? the.table->together((uint16_t)kernel) : 1;
+}
+
 /* Bytes between host memory and the arena; blocks. */
 static hs_status move(void *host, size_t at, size_t bytes, hs_copy direction) {
     uint8_t *const device = the.arena + at;

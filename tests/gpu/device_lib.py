@@ -111,6 +111,10 @@ class DeviceLib:
         """A stream waits for a value that another one writes."""
         self._done(self.c.hs_gpu_value(), "a value")
 
+    def together(self, kernel: str) -> int:
+        """How many calls of it are a launch at most."""
+        return int(self.c.hs_gpu_together(KERNELS[kernel].number))
+
     def extent(self, kernel: str, dtype: int, dims: Sequence[int], operand: int) -> int:
         """Bytes of an operand."""
         out = ctypes.c_uint64()

@@ -4,11 +4,9 @@ probes of the same process allow: bytes at the rate of a copy, products at that 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +19,6 @@ from trainer.wire.kernels import KERNELS
 
 CACHE_BYTES = 1 << 28  # operands are taken from sets of this much, several times the last cache: they come from memory
 LONG_S = 0.02  # of a measurement
-CUDA = Path(__file__).resolve().parents[2] / "trainer" / "engine" / "kernels" / "cuda" / "cuda.h"
-TOGETHER = frozenset(
-    re.findall(r"X\([A-Z_]+, (\w+)\)", re.split(r"define HS_CUDA_TOGETHER_KERNELS|define X", CUDA.read_text())[-2])
-)
-"""Kernels whose calls for tensors are a launch."""
 PRODUCTS = ("linear", "attention", "logits", "classifier", "quantised")
 
 
@@ -58,9 +51,11 @@ class Timed:
         }
 
 
-def calls_of(plan: Plan) -> Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]]:
-    """The step's calls of the first position that differ, and how often each is made. Those for tensors that go
-    together are one of all their elements."""
+def calls_of(
+    plan: Plan, together: Collection[str]
+) -> Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]]:
+    """The step's calls of the first position that differ, and how often each is made. Those for tensors of kernels that
+    go ``together`` are one of all their elements."""
     position = plan.positions[0]
     found: Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]] = Counter()
     runs = Counter(action.program for action in position.step if action.program is not None)
@@ -68,7 +63,7 @@ def calls_of(plan: Plan) -> Counter[tuple[str, int, tuple[int, ...], tuple[float
         elements: Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]] = Counter()
         for call in position.programs[name].calls:
             absent = tuple(ref is None or ref.space == wire.SPACE_NONE for ref in call.ptr)
-            if call.kernel in TOGETHER:
+            if call.kernel in together:
                 elements[call.kernel, call.dtype, tuple(call.dim[1:]), tuple(call.real), absent] += call.dim[0]
             else:
                 found[call.kernel, call.dtype, tuple(call.dim), tuple(call.real), absent] += times
@@ -132,7 +127,8 @@ def timed(
     """Every distinct call of a step, the one that takes longest in all first; and what could not be timed. ``so_far``
     is called after each."""
     found, left_out = [], []
-    for (kernel, dtype, dims, reals, absent), count in calls_of(plan).items():
+    together = {name for name in KERNELS if lib.together(name) > 1}
+    for (kernel, dtype, dims, reals, absent), count in calls_of(plan, together).items():
         try:
             seconds, size = time_call(lib, kernel, dtype, dims, reals, absent, long_s)
         except (MemoryError, DeviceError) as error:

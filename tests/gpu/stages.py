@@ -61,27 +61,28 @@ def tiny() -> bool:
 def stages() -> list[Stage]:
     """In their order."""
     one, more, build = ("device",), ("device", "nvcc", "compilers"), ("build",)
+    fast = (*one, "products")  # kernel path cuda
     sanitizer_ = ("compute-sanitizer",)
     small, llama, large = (f"train-{model}" for model in MODELS)
     found = [
         Stage("build", "engine, library and the tests' way to a device", 300, 60, more),
         Stage("probe", "what only a device can say, a question a process", 120, 20, one, build),
-        Stage("facts", "the device as the backend opens it, copy rates, a large product", 90, 20, one, build),
-        Stage(small, "GPT-2 124M, bf16: tokens a second, start, memory", 120, 30, one, build),
+        Stage("facts", "the device as the backend opens it, copy rates, a large product", 90, 20, fast, build),
+        Stage(small, "GPT-2 124M, bf16: tokens a second, start, memory", 120, 30, fast, build),
         Stage("kernels-exact", "odd shapes on cuda-exact: the CPU's bits, the oracle's bounds", 240, 40, one, build),
-        Stage("kernels-cuda", "odd shapes on cuda: the oracle's bounds, one bit pattern", 240, 40, one, build),
+        Stage("kernels-cuda", "odd shapes on cuda: the oracle's bounds, one bit pattern", 240, 40, fast, build),
         Stage("models-exact", "tiny and golden models on cuda-exact", 240, 45, one, build),
-        Stage("models-cuda", "tiny and golden models on cuda", 240, 45, one, build),
+        Stage("models-cuda", "tiny and golden models on cuda", 240, 45, fast, build),
         Stage("torch-gpt2-124m", "GPT-2 124M beside PyTorch", 330, 150, (*one, "torch"), (small,)),
         Stage("roofline-gpt2-124m", "each kernel call of GPT-2 124M beside the probes", 120, 40, one, (small,)),
         Stage("timeline-gpt2-124m", "time of a step outside kernels", 90, 30, ("gpu",), (small,)),
         Stage("channels", "two ranks on one device: one rank's bits", 120, 30, one, (small,)),
         Stage("large-exact", "kernels at real sizes on cuda-exact", 300, 90, one, build),
-        Stage("large-cuda", "kernels at real sizes on cuda", 300, 90, one, build),
+        Stage("large-cuda", "kernels at real sizes on cuda", 300, 90, fast, build),
         Stage("memcheck", "compute-sanitizer on the small kernel cases", 300, 90, sanitizer_, build),
-        Stage(llama, "a llama of 1B, T 4096, bf16", 120, 40, one, build),
+        Stage(llama, "a llama of 1B, T 4096, bf16", 120, 40, fast, build),
         Stage("torch-llama-1b", "the llama beside PyTorch", 420, 170, (*one, "torch"), (llama,)),
-        Stage(large, "GPT-2 1.5B-shaped, bf16", 150, 45, one, build),
+        Stage(large, "GPT-2 1.5B-shaped, bf16", 150, 45, fast, build),
         Stage("torch-gpt2-1.5b", "GPT-2 1.5B-shaped beside PyTorch", 480, 220, (*one, "torch"), (large,)),
         Stage("snapshot", "what a snapshot of a large state costs the steps around it", 150, 60, one, (llama,)),
         Stage("fp8-llama-1b", "the llama in FP8 beside bf16", 200, 60, (*one, "fp8"), (llama,)),

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.gpu import box, kernel_times, report
+from tests.gpu.__main__ import BARE, STAND_INS, missing_packages, python_path
 from tests.gpu.bare import msgpack as bare_msgpack
 from tests.gpu.bare.safetensors.numpy import load_file as bare_load_file
 from tests.gpu.build import ENGINE, ROOMS, engine_units
@@ -316,7 +317,25 @@ def test_a_driver_that_refuses_says_why(tmp_path: Path) -> None:
     assert _box(tmp_path, "802", None)["lacks"]["device"] == why
 
 
-def _box(folder: Path, init: str, smi: str | None) -> dict[str, Any]:
+@pytest.mark.parametrize(("release", "lacks"), [("12", True), ("13", False)])
+def test_a_library_of_another_release_is_none(tmp_path: Path, release: str, lacks: bool) -> None:
+    """What needs kernel path cuda is then left out, and says why."""
+    (tmp_path / f"libcublasLt.so.{release}").touch()
+    told = _box(tmp_path, "0", None, HOTSTAGE_CUDA_LIBRARIES=str(tmp_path))["lacks"]
+    assert told.get("products", "").startswith("libcublasLt.so.13 is not found") is lacks
+    assert {s.name for s in stages() if "products" in s.needs} >= {"train-gpt2-124m", "kernels-cuda", "models-cuda"}
+
+
+def test_what_stands_in_comes_before_nothing_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PYTHONPATH comes before installed packages, those of PyTorch's environment too."""
+    assert missing_packages(STAND_INS) == []
+    assert missing_packages(("msgpack", "no_such_package")) == ["no_such_package"]
+    monkeypatch.setenv("PYTHONPATH", "/wheels")
+    assert python_path(False) == "/wheels"
+    assert python_path(True) == f"/wheels:{BARE}"
+
+
+def _box(folder: Path, init: str, smi: str | None, **more: str) -> dict[str, Any]:
     """What ``tests.gpu.box`` prints with this driver, and this nvidia-smi."""
     flags = ["-shared", "-fPIC", "-w", f"-DINIT={init}", "-x", "c", "-"]
     subprocess.run(["cc", *flags, "-o", folder / "libcuda.so.1"], input=DRIVER, text=True, check=True)
@@ -326,7 +345,7 @@ def _box(folder: Path, init: str, smi: str | None) -> dict[str, Any]:
         (folder / "nvidia-smi").chmod(0o755)
         path = f"{folder}:{path}"
     environment = {k: v for k, v in os.environ.items() if k != "HOTSTAGE_CUDA"}
-    environment |= {"LD_LIBRARY_PATH": str(folder), "PATH": path}
+    environment |= {"LD_LIBRARY_PATH": str(folder), "PATH": path} | more
     command = [sys.executable, "-m", "tests.gpu.box"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, cwd=ENGINE.parents[1])
     return dict(json.loads(done.stdout))

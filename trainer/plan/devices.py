@@ -29,6 +29,8 @@ CONTEXT_BYTES = 700 << 20
 """What the driver and the libraries take of a device for one process: assumed, not measured yet."""
 CALL_S = 2e-6
 """Between two kernels of a graph: assumed."""
+TOGETHER, TOGETHER_CALLS = ("sumsq", "sumsq_parts", "sum", "adamw", "adamw_copy", "zero", "cast"), 64
+"""Kernels whose calls for tensors are a launch, up to so many of them (``kernels/cuda/cuda.h``)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class DeviceSheet:
     memory_share: float = 0.9
     context_bytes: int = CONTEXT_BYTES
     """What a process takes of its memory beside the plan's buffers."""
+    calls_a_launch: int = TOGETHER_CALLS
+    """Of the kernels in ``TOGETHER``."""
 
 
 # Memory, bandwidth, bf16 and fp8 peaks, links, network: the makers' tables as collected in August 2026 by
@@ -85,7 +89,7 @@ SHEETS: Mapping[str, DeviceSheet] = {
         # a core of a 2-core laptop: our own measurements of a Zen 4 core; FP8 is computed there as bf16
         DeviceSheet(
             "LAPTOP", 8 * 10**9, 15e9, {"fp32": 117e9, "bf16": 235e9, "fp8": 235e9},
-            {"fp32": 0.8, "bf16": 0.75, "fp8": 0.5}, 0.4, 2e9, 0.1e9, 0.8, 3 << 20,
+            {"fp32": 0.8, "bf16": 0.75, "fp8": 0.5}, 0.4, 2e9, 0.1e9, 0.8, 3 << 20, 1,
         ),
     )
 }  # fmt: skip
@@ -134,6 +138,13 @@ def head_again(kernel: str, dims: Dims, element: int) -> int:
     return (chunks - 1) * named["V"] * named["C"] * (products * element + gradient)
 
 
+def launches(calls: Sequence[BoundCall], most: int = TOGETHER_CALLS) -> int:
+    """Of a program's calls on a device, as far as those in ``TOGETHER`` may change places with what stands between them
+    (``trainer/engine/run/together.h`` finds which may)."""
+    made = Counter((call.kernel, call.dtype) for call in calls if call.kernel in TOGETHER)
+    return len(calls) - sum(count - -(-count // most) for count in made.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceCost(CostModel):
     """A sheet's costs, for products of one precision."""
@@ -155,6 +166,10 @@ class DeviceCost(CostModel):
         """As the sheet has it; the optimizer's products are in float32 whatever the precision."""
         cost = replace(self, precision="fp32") if call.part == "O" and self.precision != "fp32" else self
         return cost.call_seconds(call.kernel, call.dim, call.bytes_touched)
+
+    def program_seconds(self, calls: Sequence[BoundCall]) -> float:
+        spared = len(calls) - launches(calls, self.sheet.calls_a_launch)
+        return super().program_seconds(calls) - spared * self.call_s
 
 
 def cost_of(sheet: DeviceSheet, spec: RunSpec) -> DeviceCost:
@@ -179,7 +194,7 @@ def assumptions(sheet: DeviceSheet, spec: RunSpec) -> str:
         f"by roofline of {sheet.name}'s sheet, a rank a device; assumed: products at "
         f"{sheet.product_share[precision]:.0%} of {sheet.peak[precision] / 1e12:,.0f} TFLOP/s ({precision}), attention "
         f"at {sheet.attention_share:.0%} of its peak, the rest at {sheet.memory_share:.0%} of "
-        f"{sheet.memory_bytes_per_s / 1e12:.2f} TB/s, {CALL_S * 1e6:.0f} us a call; nothing of it is measured"
+        f"{sheet.memory_bytes_per_s / 1e12:.2f} TB/s, {CALL_S * 1e6:.0f} us a launch; nothing of it is measured"
     )
 
 

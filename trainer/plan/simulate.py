@@ -137,6 +137,10 @@ class CostModel:
         """Seconds of a call of a plan."""
         return self.call_seconds(call.kernel, call.dim, call.bytes_touched)
 
+    def program_seconds(self, calls: Sequence[BoundCall]) -> float:
+        """Seconds of a program's calls."""
+        return sum(self.bound_seconds(call) for call in calls)
+
 
 @dataclass(frozen=True)
 class Simulation:
@@ -446,7 +450,7 @@ def _of_rank(plan: Plan, cost: CostModel, rank: Rank, lists: Sequence[ActionList
     )
     programs = {}
     for name, program in position.programs.items():
-        seconds = sum(cost.bound_seconds(call) for call in program.calls)
+        seconds = cost.program_seconds(program.calls)
         flops = sum(kernel_flops(call.kernel, call.dim).model for call in program.calls if call.part not in ("R", "O"))
         programs[name] = (seconds, flops)
 

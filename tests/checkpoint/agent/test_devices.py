@@ -70,7 +70,6 @@ def test_kernels_of_another_device_are_refused() -> None:
 def test_a_rank_a_device_in_order() -> None:
     assert choose("cuda", 2, gpus(4)).of_rank == (0, 1)
     assert choose("auto", 2, gpus(4, "3, 1")).of_rank == (3, 1)
-    assert choose("cuda", 1, gpus(2, "gpu-1AAA")).of_rank == (1,), "a UUID's beginning, in either case of letters"
     assert choose("cuda", 2, gpus(2)).told == f"on {H100} (CUDA device 0, 1)"
     assert choose("cpu", 2, gpus(2)) == ON_CPU
 
@@ -81,6 +80,13 @@ def test_nodes_that_share_a_machine_take_devices_in_turn() -> None:
     assert shared.of_rank == (2, 0)
     assert shared.note.startswith("4 ranks share 3 devices")
     assert shared.told.startswith(f"on {H100} (CUDA device 2, 0); ")
+
+
+@pytest.mark.parametrize("word", ["GPU-1aaa", "gpu-1AAA-bbbb", "MIG-1aaa", "mig-1aaa-bbbb"])
+def test_a_device_by_its_uuid(word: str) -> None:
+    """Whole or its beginning, in either case of letters; of a slice (MIG) too, which nvidia-smi names with another word
+    before CUDA's number."""
+    assert choose("cuda", 1, gpus(2, word)).of_rank == (1,)
 
 
 def test_more_ranks_than_devices_share_them_and_that_is_said() -> None:

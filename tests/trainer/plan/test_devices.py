@@ -13,7 +13,19 @@ from flows.show import foretell
 from tests.support.calls import called
 from trainer.errors import PlanError
 from trainer.plan import Plan
-from trainer.plan.devices import SHEETS, WORKSPACE_BYTES, cost_of, fits, on_device, on_host, sheet_of, smaller_chunks
+from trainer.plan.devices import (
+    SHEETS,
+    TOGETHER,
+    TOGETHER_CALLS,
+    WORKSPACE_BYTES,
+    cost_of,
+    fits,
+    launches,
+    on_device,
+    on_host,
+    sheet_of,
+    smaller_chunks,
+)
 from trainer.presets import PRESETS
 from trainer.spec import RunSpec, parse_spec
 from trainer.wire.kernels import KERNELS
@@ -36,6 +48,27 @@ def test_the_workspace_is_the_engines() -> None:
     found = re.search(r"#define HS_CUDA_WORKSPACE \(UINT64_C\((\d+)\) << 20\)", text)
     assert found is not None
     assert int(found[1]) << 20 == WORKSPACE_BYTES
+
+
+def test_what_goes_together_is_what_the_backend_says() -> None:
+    text = (ENGINE / "kernels" / "cuda" / "cuda.h").read_text()
+    listed = re.split(r"define HS_CUDA_TOGETHER_KERNELS|define X", text)[-2]
+    assert tuple(re.findall(r"X\([A-Z_]+, (\w+)\)", listed)) == TOGETHER
+    assert re.findall(r"define HS_CUDA_TOGETHER (\d+)", text) == [str(TOGETHER_CALLS)]
+
+
+def test_calls_that_are_one_launch_are_charged_one(one: tuple[Plan, RunSpec]) -> None:
+    """148 norms and 148 updates are 3 and 3; tests/engine/test_executor.py has it that the engine launches as many."""
+    plan, spec = one
+    (position,) = plan.positions
+    step = [position.programs[str(a.program)].calls for a in position.step if a.program is not None]
+    assert sum(map(len, step)) - sum(map(launches, step)) == 290
+    cost = cost_of(SHEETS["H100"], spec)
+    each = sum(cost.bound_seconds(call) for calls in step for call in calls)
+    together = sum(cost.program_seconds(calls) for calls in step)
+    assert each - together == pytest.approx(290 * cost.call_s)
+    laptop = cost_of(SHEETS["LAPTOP"], spec)
+    assert all(laptop.program_seconds(c) == sum(map(laptop.bound_seconds, c)) for c in step)
 
 
 def test_memory_of_device_and_host_is_the_plans(one: tuple[Plan, RunSpec]) -> None:

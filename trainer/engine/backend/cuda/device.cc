@@ -27,6 +27,7 @@ hs_status status_of(cudaError_t error) {
     case cudaErrorCallRequiresNewerDriver:
     case cudaErrorNoDevice:
     case cudaErrorInvalidDevice:
+    case cudaErrorInvalidKernelImage:
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidPtx:
     case cudaErrorJitCompilerNotFound:
@@ -34,6 +35,11 @@ hs_status status_of(cudaError_t error) {
     case cudaErrorJitCompilationDisabled:
     case cudaErrorNotSupported:
     case cudaErrorCompatNotSupportedOnDevice:
+    /* Neither is it where the service that shares a device among processes (MPS) takes no more. */
+    case cudaErrorMpsConnectionFailed:
+    case cudaErrorMpsServerNotReady:
+    case cudaErrorMpsMaxClientsReached:
+    case cudaErrorMpsMaxConnectionsReached:
         return HS_E_UNSUPPORTED;
     case cudaErrorInvalidValue:
     case cudaErrorInvalidConfiguration:
@@ -45,6 +51,7 @@ hs_status status_of(cudaError_t error) {
     case cudaErrorLaunchOutOfResources:
     case cudaErrorHostMemoryAlreadyRegistered:
     case cudaErrorHostMemoryNotRegistered:
+    case cudaErrorNotPermitted:
     case cudaErrorStreamCaptureUnsupported:
     case cudaErrorStreamCaptureInvalidated:
     case cudaErrorStreamCaptureMerge:
@@ -123,11 +130,11 @@ hs_status here(hs_device *d, hs_why *why) {
 }
 
 /* What the device itself says after a call was refused: a failure that stays shows in any call that looks at
- * it. Forgets the runtime's last error. Not of a stream that is being captured. */
+ * it. In a capture nothing may look. Forgets the runtime's last error. */
 static cudaError_t error_of(const hs_device *d) {
     (void)cudaGetLastError();
-    const int stream = d->capturing == HS_STREAM_SAVE ? HS_STREAM_OUT : HS_STREAM_SAVE;
-    const cudaError_t error = cudaStreamQuery(d->streams[stream]);
+    if (d->capturing >= 0) return cudaSuccess;
+    const cudaError_t error = cudaStreamQuery(d->streams[HS_STREAM_SAVE]);
     (void)cudaGetLastError();
     return error == cudaErrorNotReady ? cudaSuccess : error;
 }

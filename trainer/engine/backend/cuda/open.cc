@@ -101,6 +101,24 @@ static hs_status check_path(uint32_t path, hs_why *why) {
                    names[path]);
 }
 
+/* Why the device gives this process no context: its compute mode may say so, which is nobody's failure. */
+static hs_status unavailable(hs_device *d, cudaError_t error, const char *uuid, hs_why *why) {
+    int mode = cudaComputeModeDefault;
+    if (cudaDeviceGetAttribute(&mode, cudaDevAttrComputeMode, d->index) != cudaSuccess ||
+        mode == cudaComputeModeDefault)
+        return failed(d, error, NULL, "opening it", why);
+    (void)cudaGetLastError();
+    const bool none = mode == cudaComputeModeProhibited;
+    return hs_fail(why, HS_E_UNSUPPORTED,
+                   "CUDA device %d (%s) is in compute mode %s: %s, or set the mode to default "
+                   "(nvidia-smi -i %s -c DEFAULT)",
+                   d->index, d->name, none ? "prohibited" : "exclusive-process",
+                   none ? "use another device (HOTSTAGE_DEVICES)"
+                        : "another process has it, a rank of this run perhaps; give each rank a "
+                          "device of its own (HOTSTAGE_DEVICES)",
+                   uuid);
+}
+
 /* The device exists, is new enough, answers, and has room. */
 static hs_status choose(const hs_device_config *config, hs_device *d, hs_device_facts *facts,
                         hs_why *why) {
@@ -123,6 +141,7 @@ static hs_status choose(const hs_device_config *config, hs_device *d, hs_device_
                        OLDEST / 10, OLDEST % 10);
     size_t free = 0, total = 0;
     cudaError_t error = cudaSetDevice(d->index); /* makes the context: a busy device says so here */
+    if (error == cudaErrorDevicesUnavailable) return unavailable(d, error, facts->uuid, why);
     if (error == cudaSuccess) error = cudaMemGetInfo(&free, &total);
     if (error != cudaSuccess) return failed(d, error, NULL, "opening it", why);
     facts->free_bytes = free;

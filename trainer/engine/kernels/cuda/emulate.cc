@@ -120,6 +120,14 @@ void *dynamic;
 size_t dynamic_bytes;
 int capability = 86;
 
+/* CUDA's programming guide, "maximum amount of shared memory per thread block", static and dynamic. */
+size_t shared_given() {
+    const int kib = capability == 80 || capability == 87   ? 163
+                    : capability >= 90 && capability < 120 ? 227
+                                                           : 99;
+    return (size_t)kib << 10;
+}
+
 uint64_t next_random() {
     random_state += 0x9e3779b97f4a7c15u;
     uint64_t z = random_state;
@@ -469,6 +477,13 @@ void shared(void *at, size_t bytes) {
     for (int i = 0; i < region_count; i++)
         if (regions[i].at == at) return;
     region_bytes += bytes;
+    if (region_bytes + dynamic_bytes > shared_given()) {
+        fault_begins();
+        say("%zu bytes in arrays of shared memory beside %zu that the launch asks for; capability "
+            "%d.%d gives %zu",
+            region_bytes, dynamic_bytes, capability / 10, capability % 10, shared_given());
+        stop();
+    }
     if (region_count == SHARED || region_bytes > SHARED_BYTES) {
         fault_begins();
         say("%zu bytes in %d arrays of shared memory; a block has %d, and %d arrays here",
@@ -508,11 +523,7 @@ int launch(const char *name, dim3 grid, dim3 size, size_t bytes, void (*body_)(v
         return -3;
     }
     threads = (int)per_block;
-    /* CUDA's programming guide, "maximum amount of shared memory per thread block" */
-    const size_t given = (capability == 80 || capability == 87   ? 163
-                          : capability >= 90 && capability < 120 ? 227
-                                                                 : 99)
-                         << 10;
+    const size_t given = shared_given();
     if (bytes > given) {
         fault_begins();
         say("a launch asks %zu bytes of shared memory a block; capability %d.%d gives %zu", bytes,

@@ -7,9 +7,9 @@
  *   4      a reduction in a second pass: the same
  *   5      operands rounded to TF32: the same
  *
- * They are offered in the order 3, 4, 5, 0, 1, 2. Its clock is its own: an algorithm takes a time that
- * follows from its number and the product, so that a choice can be foretold, and twice that in the first 80 ms, as a
- * device that was idle takes longer; and HS_EMULATED_CUBLASLT, some of these words, makes others of it:
+ * They are offered in the order 3, 4, 5, 0, 1, 2, each for operands that are aligned as was asked. Its clock is its
+ * own: an algorithm takes a time that follows from its number and the product, so that a choice can be foretold, and
+ * twice that in the first 80 ms, as a device that was idle takes longer; and HS_EMULATED_CUBLASLT, some of these words, makes others of it:
  *
  *   fastest N     algorithm N is the fastest
  *   refuse N      the check refuses algorithm N
@@ -41,7 +41,7 @@ struct what_of { /* of a description */
 
 struct wish_of {
     uint64_t workspace;
-    uint32_t reduction;
+    uint32_t reduction, aligned[4]; /* of a, b, c, d */
 };
 
 template <typename To, typename From> To *inside(From *from) {
@@ -126,7 +126,7 @@ lt::status desc_set(lt::description *to, int attribute, const void *value, size_
 }
 lt::status preference_init(lt::preference *to, size_t size) {
     if (size != sizeof *to) return 7;
-    *inside<wish_of>(to) = wish_of{0, lt::REDUCTION_MASK};
+    *inside<wish_of>(to) = wish_of{0, lt::REDUCTION_MASK, {256, 256, 256, 256}};
     return 0;
 }
 lt::status preference_set(lt::preference *to, int attribute, const void *value, size_t bytes) {
@@ -135,10 +135,22 @@ lt::status preference_set(lt::preference *to, int attribute, const void *value, 
         return memcpy(&w->workspace, value, 8), 0;
     if (attribute == lt::PREF_REDUCTION_MASK && bytes == 4)
         return memcpy(&w->reduction, value, 4), 0;
-    return attribute >= lt::PREF_ALIGNMENT_A_BYTES && attribute < lt::PREF_ALIGNMENT_A_BYTES + 4 &&
-                   bytes == 4
-               ? 0
-               : 7;
+    const int side = attribute - lt::PREF_ALIGNMENT_A_BYTES;
+    if (side < 0 || side > 3 || bytes != 4) return 7;
+    return memcpy(&w->aligned[side], value, 4), 0;
+}
+
+/* An algorithm works with operands that are aligned as was said when it was offered. */
+uint64_t promised(const wish_of &w) {
+    uint64_t all = 0;
+    for (int i = 3; i >= 0; i--) all = all << 16 | w.aligned[i];
+    return all;
+}
+bool keeps(uint64_t promised, const void *const at[4]) {
+    for (int i = 0; i < 4; i++, promised >>= 16)
+        if (promised & 0xffff && reinterpret_cast<uintptr_t>(at[i]) % (promised & 0xffff))
+            return false;
+    return true;
 }
 
 bool is_fp8(int type) {
@@ -175,6 +187,7 @@ lt::status offer(void *, lt::description *what, lt::layout *a, lt::layout *b, lt
         lt::heuristic *h = &list[(*count)++];
         memset(h, 0, sizeof *h);
         h->algo.data[0] = 0x485300u | (unsigned)order[i];
+        h->algo.data[1] = promised(*w);
         h->workspace_bytes = order[i] == 2 ? w->workspace + 1 : 4096; /* 2 needs too much */
         if (asked("only") == 2) h->workspace_bytes = 0;
     }
@@ -272,6 +285,8 @@ lt::status matmul(void *, lt::description *what, const void *alpha, const void *
     const int number = number_of(algo);
     if (number < 0 || number >= ALGORITHMS || !fits(what, la, lb, lc, ld)) return 7;
     if (asked("balk") == number) return lt::NOT_SUPPORTED;
+    const void *const operands[4] = {a, b, c, d};
+    if (!keeps(algo->data[1], operands)) return 7;
     job j = {*inside<what_of>(what),
              *inside<side_of>(la),
              *inside<side_of>(lb),

@@ -17,6 +17,7 @@ using hs_emulated::on_device;
 namespace {
 
 enum { NAP_NS = 20000 }; /* where only another process can go on */
+enum { PAGE = 4096 };
 enum kind { KERNEL, COPY, SET, RECORD, FOLLOW, WHEN };
 enum {
     ANY = 24,
@@ -65,9 +66,11 @@ struct hs_emulated_stream {
     list *capture; /* what is put here goes there; NULL: none is made */
     bool spoilt;   /* the capture broke a rule */
     pthread_t by;
+    int device;
 };
 struct hs_emulated_event {
     uint64_t recorded, done;
+    int device;
 };
 struct hs_emulated_graph {
     list work;
@@ -76,7 +79,7 @@ struct hs_emulated_graph {
 namespace {
 
 struct {
-    int driver, devices, capability;
+    int driver, devices, capability, mode;
     uint64_t memory, used, order, random, pin, fail[2], flip[3];
 } machine;
 piece own[PIECES], host[PIECES];
@@ -104,13 +107,14 @@ void numbers(const char *name, uint64_t *a, uint64_t *b, uint64_t *c = NULL) {
 }
 
 void read_switches() {
-    uint64_t driver = 13000, devices = 1, capability = 90, free = 0;
+    uint64_t driver = 13000, devices = 1, capability = 90, free = 0, mode = 0;
     machine.memory = UINT64_C(8) << 30;
     machine.fail[1] = cudaErrorIllegalAddress;
     numbers("HS_EMULATED_DRIVER", &driver, NULL);
     numbers("HS_EMULATED_DEVICES", &devices, NULL);
     numbers("HS_EMULATED_CAPABILITY", &capability, NULL);
     numbers("HS_EMULATED_MEMORY", &machine.memory, NULL);
+    numbers("HS_EMULATED_MODE", &mode, NULL);
     numbers("HS_EMULATED_ORDER", &machine.order, NULL);
     numbers("HS_EMULATED_PIN", &machine.pin, NULL);
     numbers("HS_EMULATED_FAIL", &machine.fail[0], &machine.fail[1]);
@@ -121,8 +125,10 @@ void read_switches() {
     machine.driver = (int)driver;
     machine.devices = (int)devices;
     machine.capability = (int)capability;
+    machine.mode = (int)mode;
     machine.random = machine.order;
     hs_emulated_seed(machine.order);
+    hs_emulated_architecture(machine.capability);
 }
 
 /* Every call of the API holds the one lock. */
@@ -176,10 +182,15 @@ piece *piece_of(piece *pieces, int count, const void *at, size_t bytes) {
     return NULL;
 }
 
-bool overlaps(const void *at, size_t bytes) {
-    const char *from = static_cast<const char *>(at);
-    for (int i = 0; i < hosts; i++)
-        if (from < host[i].base + host[i].bytes && host[i].base < from + bytes) return true;
+/* Whether some of these bytes are pinned; grain: of whole pages, which are what is pinned. */
+bool overlaps(const void *at, size_t bytes, size_t grain) {
+    if (bytes == 0) return false;
+    const uintptr_t from = reinterpret_cast<uintptr_t>(at) / grain;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(at) + bytes - 1) / grain;
+    for (int i = 0; i < hosts; i++) {
+        const uintptr_t base = reinterpret_cast<uintptr_t>(host[i].base);
+        if (from <= (base + host[i].bytes - 1) / grain && base / grain <= last) return true;
+    }
     return false;
 }
 
@@ -216,10 +227,34 @@ void clear(list *q) {
     *q = list{};
 }
 
+/* Whether this thread has turned to the device of a stream or an event. */
+cudaError_t here(int device) {
+    return device == device_of_thread ? cudaSuccess : cudaErrorInvalidResourceHandle;
+}
+
+/* What asks or waits for a device spoils the captures of the thread that does it, whatever it asks for. */
+cudaError_t may_ask() {
+    cudaError_t error = cudaSuccess;
+    for (int i = 0; i < stream_count; i++)
+        if (streams[i]->capture && pthread_equal(streams[i]->by, pthread_self())) {
+            streams[i]->spoilt = true;
+            error = cudaErrorStreamCaptureUnsupported;
+        }
+    return error;
+}
+
+/* What is asked of an event. */
+cudaError_t may_ask_of(cudaEvent_t event) {
+    if (const cudaError_t error = absent()) return error;
+    if (const cudaError_t error = here(event->device)) return error;
+    return may_ask();
+}
+
 /* Where new work of a stream goes. captured: whether a capture may hold it. */
 cudaError_t next_of(cudaStream_t s, bool captured, list **where) {
     if (!s) return cudaErrorInvalidResourceHandle;
     if (const cudaError_t error = absent()) return error;
+    if (const cudaError_t error = here(s->device)) return error;
     if (s->capture && !captured) {
         s->spoilt = true;
         return cudaErrorStreamCaptureUnsupported;
@@ -454,6 +489,10 @@ cudaError_t call_allowed() {
     return told(absent());
 }
 
+int compute_mode() {
+    return machine.mode;
+}
+
 } // namespace hs_emulated
 
 extern "C" uint64_t hs_emulated_unpinned(void) {
@@ -514,6 +553,7 @@ cudaError_t cudaSetDevice(int device) {
     guard held;
     if (const cudaError_t error = absent()) return told(error);
     if (device < 0 || device >= machine.devices) return told(cudaErrorInvalidDevice);
+    if (machine.mode) return told(cudaErrorDevicesUnavailable); /* which makes its context */
     device_of_thread = device;
     return cudaSuccess;
 }
@@ -594,6 +634,14 @@ const char *cudaGetErrorName(cudaError_t error) {
         NAME(cudaErrorStreamCaptureIsolation)
         NAME(cudaErrorStreamCaptureImplicit)
         NAME(cudaErrorCapturedEvent)
+        NAME(cudaErrorDevicesUnavailable)
+        NAME(cudaErrorInvalidKernelImage)
+        NAME(cudaErrorContained)
+        NAME(cudaErrorNotPermitted)
+        NAME(cudaErrorMpsConnectionFailed)
+        NAME(cudaErrorMpsServerNotReady)
+        NAME(cudaErrorMpsMaxClientsReached)
+        NAME(cudaErrorMpsMaxConnectionsReached)
         NAME(cudaErrorUnknown)
 #undef NAME
     }
@@ -649,7 +697,7 @@ cudaError_t cudaMalloc(void **at, size_t bytes) {
     if (const cudaError_t error = may_allocate()) return told(error);
     if (bytes > machine.memory - machine.used || owns == PIECES)
         return told(cudaErrorMemoryAllocation);
-    const size_t page = 4096, whole = (bytes + page - 1) / page * page;
+    const size_t whole = (bytes + PAGE - 1) / PAGE * PAGE;
     const int fd = memfd_create("hs-emulated", MFD_CLOEXEC);
     if (fd < 0 || ftruncate(fd, (off_t)whole) != 0) return told(cudaErrorMemoryAllocation);
     void *map = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -704,7 +752,7 @@ cudaError_t cudaHostRegister(void *at, size_t bytes, unsigned flags) {
     if (const cudaError_t error = may_allocate()) return told(error);
     if (machine.pin) return told(static_cast<cudaError_t>(machine.pin));
     if (!at || bytes == 0) return told(cudaErrorInvalidValue);
-    if (overlaps(at, bytes)) return told(cudaErrorHostMemoryAlreadyRegistered);
+    if (overlaps(at, bytes, PAGE)) return told(cudaErrorHostMemoryAlreadyRegistered);
     if (hosts == PIECES) return told(cudaErrorMemoryAllocation);
     host[hosts++] = piece{static_cast<char *>(at), bytes, -1};
     return cudaSuccess;
@@ -726,8 +774,10 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
     const cudaError_t error = next_of(stream, way == cudaMemcpyDeviceToDevice, &where);
     if (error != cudaSuccess) return told(error);
     const void *of_host = way == cudaMemcpyHostToDevice ? from : to;
-    if (way != cudaMemcpyDeviceToDevice && !piece_of(host, hosts, of_host, bytes))
+    if (way != cudaMemcpyDeviceToDevice && !piece_of(host, hosts, of_host, bytes)) {
+        if (overlaps(of_host, bytes, 1)) return told(cudaErrorInvalidValue);
         unpinned += bytes;
+    }
     work *w = put(where);
     w->is = COPY;
     w->to = to;
@@ -769,6 +819,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, i
     if (stream_count == STREAMS) return told(cudaErrorMemoryAllocation);
     *stream = static_cast<cudaStream_t>(calloc(1, sizeof **stream));
     if (!*stream) abort();
+    (*stream)->device = device_of_thread;
     streams[stream_count++] = *stream;
     return cudaSuccess;
 }
@@ -790,6 +841,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     guard held;
     list *where = NULL;
     if (const cudaError_t error = next_of(stream, false, &where)) return told(error);
+    if (const cudaError_t error = may_ask()) return told(error);
     run_until([=] { return where->first == where->last; });
     return told(broken);
 }
@@ -798,6 +850,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
     guard held;
     list *where = NULL;
     if (const cudaError_t error = next_of(stream, false, &where)) return told(error);
+    if (const cudaError_t error = may_ask()) return told(error);
     look([=] { return where->first == where->last; });
     return told(broken == cudaSuccess && where->first < where->last ? cudaErrorNotReady : broken);
 }
@@ -821,6 +874,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     if (const cudaError_t error = absent()) return told(error);
     *event = static_cast<cudaEvent_t>(calloc(1, sizeof **event));
     if (!*event) abort();
+    (*event)->device = device_of_thread;
     return cudaSuccess;
 }
 
@@ -833,6 +887,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     guard held;
     list *where = NULL;
     if (const cudaError_t error = next_of(stream, false, &where)) return told(error);
+    if (const cudaError_t error = here(event->device)) return told(error);
     work *w = put(where);
     w->is = RECORD;
     w->event = event;
@@ -842,7 +897,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     guard held;
-    if (const cudaError_t error = absent()) return told(error);
+    if (const cudaError_t error = may_ask_of(event)) return told(error);
     look([=] { return event->done >= event->recorded; });
     return told(broken == cudaSuccess && event->done < event->recorded ? cudaErrorNotReady
                                                                        : broken);
@@ -850,7 +905,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     guard held;
-    if (const cudaError_t error = absent()) return told(error);
+    if (const cudaError_t error = may_ask_of(event)) return told(error);
     run_until([=] { return event->done >= event->recorded; });
     return told(broken);
 }

@@ -9,10 +9,14 @@
  *             first, second, ... where several may go; from 24 on, any, by that seed. A wait runs
  *             nothing beyond what it is for; a query runs some pieces at most, and may leave what it asks for undone.
  *   copies    To the host: where they will land is garbage (0xff) from the call on. To the device:
- *             what the host changes between call and copy is a fault.
+ *             what the host changes between call and copy is a fault. Host memory of which a part is
+ *             pinned is refused.
  *   capture   takes kernels and copies between device memories; all else on that stream, and what
  *             CUDA forbids beside a capture (allocation), makes it fail, as there. So does a kernel
- *             that was not launched before: the driver would have to load it, and may not.
+ *             that was not launched before: the driver would have to load it, and may not. So does a
+ *             thread that captures and asks or waits for anything meanwhile, of whatever stream.
+ *   threads   A thread works with streams and events of the device that it turned to (cudaSetDevice): with those of
+ *             another one NVIDIA's runtime would refuse it, or wake device 0 for it.
  *   errors    A fault of a kernel (emulate.h) or of a copy shows as the device's: it stays, and every
  *             later call that touches the device returns it. Others are forgotten by
  *             cudaGetLastError; cudaErrorNotReady is remembered too, as NVIDIA's does. The last error is
@@ -20,6 +24,7 @@
  *
  * Switches, read once: HS_EMULATED_DRIVER, the driver's version (0: none; 13000), _DEVICES (1),
  * _CAPABILITY (90), _MEMORY, in bytes (8 GiB), of which _FREE are free at first (all),
+ * _MODE: the compute mode, 2 (prohibited) or 3 (exclusive-process, and another one has it): no process gets the device,
  * _PIN=CODE: the host lets no memory be registered, with that cudaError_t,
  * _FAIL="N CODE": the N-th kernel (from 1) ends with that cudaError_t (700), _FLIP="N P B": after
  * the N-th kernel a bit of byte B of the P-th device memory (from 0) is another. One process at a time
@@ -37,7 +42,12 @@ typedef struct cudaIpcMemHandle_st {
     char reserved[CUDA_IPC_HANDLE_SIZE];
 } cudaIpcMemHandle_t;
 enum { cudaIpcMemLazyEnablePeerAccess = 1 };
-enum cudaDeviceAttr { cudaDevAttrIpcEventSupport = 125 };
+enum cudaDeviceAttr { cudaDevAttrComputeMode = 20, cudaDevAttrIpcEventSupport = 125 };
+enum cudaComputeMode {
+    cudaComputeModeDefault = 0,
+    cudaComputeModeProhibited = 2,
+    cudaComputeModeExclusiveProcess = 3
+};
 enum { cudaEnableDefault = 0 };
 enum cudaDriverEntryPointQueryResult {
     cudaDriverEntryPointSuccess = 0,
@@ -54,15 +64,18 @@ typedef enum cudaError {
     cudaErrorStubLibrary = 34,
     cudaErrorInsufficientDriver = 35,
     cudaErrorCallRequiresNewerDriver = 36,
+    cudaErrorDevicesUnavailable = 46,
     cudaErrorInvalidDeviceFunction = 98,
     cudaErrorNoDevice = 100,
     cudaErrorInvalidDevice = 101,
+    cudaErrorInvalidKernelImage = 200,
     cudaErrorNoKernelImageForDevice = 209,
     cudaErrorECCUncorrectable = 214,
     cudaErrorInvalidPtx = 218,
     cudaErrorJitCompilerNotFound = 221,
     cudaErrorUnsupportedPtxVersion = 222,
     cudaErrorJitCompilationDisabled = 223,
+    cudaErrorContained = 226,
     cudaErrorOperatingSystem = 304,
     cudaErrorInvalidResourceHandle = 400,
     cudaErrorIllegalState = 401,
@@ -80,8 +93,13 @@ typedef enum cudaError {
     cudaErrorInvalidAddressSpace = 717,
     cudaErrorInvalidPc = 718,
     cudaErrorLaunchFailure = 719,
+    cudaErrorNotPermitted = 800,
     cudaErrorNotSupported = 801,
     cudaErrorCompatNotSupportedOnDevice = 804,
+    cudaErrorMpsConnectionFailed = 805,
+    cudaErrorMpsServerNotReady = 807,
+    cudaErrorMpsMaxClientsReached = 808,
+    cudaErrorMpsMaxConnectionsReached = 809,
     cudaErrorStreamCaptureUnsupported = 900,
     cudaErrorStreamCaptureInvalidated = 901,
     cudaErrorStreamCaptureMerge = 902,
@@ -207,6 +225,8 @@ void leave_last_error(cudaError_t error);
 /* A call of the API that failed, remembered for cudaGetLastError; what every call says first. */
 cudaError_t call_failed(cudaError_t error);
 cudaError_t call_allowed();
+/* HS_EMULATED_MODE. */
+int compute_mode();
 
 } // namespace hs_emulated
 

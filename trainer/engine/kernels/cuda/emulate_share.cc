@@ -160,9 +160,15 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *symbol, void **function
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int device) {
     (void)device;
     if (const cudaError_t error = call_allowed()) return error;
-    if (attribute != cudaDevAttrIpcEventSupport) return call_failed(cudaErrorInvalidValue);
-    *value = shares();
-    return cudaSuccess;
+    switch (attribute) {
+    case cudaDevAttrComputeMode:
+        *value = hs_emulated::compute_mode();
+        return cudaSuccess;
+    case cudaDevAttrIpcEventSupport:
+        *value = shares();
+        return cudaSuccess;
+    }
+    return call_failed(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *out, void *at) {
