@@ -228,13 +228,22 @@ class ObjectWatcher(Generic[T]):
                     case WatchRequest(version, timeout_s):
                         self._watch(version, timeout_s)
             except LaunchError as error:
-                with self._lock:
-                    self._machine.failed(self.clock(), error)
-                    if self._error != str(error):
-                        log.info("watching %s: %s", self.resource.plural, error)
-                    self._error = str(error)
-                if isinstance(error, NotAllowed):
-                    self._answered.set()
+                self._failed(error)
+            except Exception as error:
+                # an answer of another form, or a bug: a thread that ended would show what was there for ever (W4)
+                text = f"watching {self.resource.plural}: an answer cannot be read: {error!r}"
+                if self._error != text:
+                    log.exception("watching %s: an answer cannot be read", self.resource.plural)
+                self._failed(ApiUnavailable(text))
+
+    def _failed(self, error: LaunchError) -> None:
+        with self._lock:
+            self._machine.failed(self.clock(), error)
+            if self._error != str(error):
+                log.info("watching %s: %s", self.resource.plural, error)
+            self._error = str(error)
+        if isinstance(error, NotAllowed):
+            self._answered.set()
 
     def _list(self) -> None:
         path, found = self.resource.path(self.namespace), {}

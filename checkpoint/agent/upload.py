@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Uploader:
         self._on_part, self._on_idle, self._on_error = on_part, on_idle, on_error
         self._wake = threading.Condition()
         self._source: Source | None = None
-        self._done: dict[int, set[int]] = {}  # epoch -> steps whose part is in the store, or was given up
+        self._done: dict[int, set[int]] = defaultdict(set)  # epoch -> steps whose part is in the store, or was given up
         self._voids: dict[int, int] = {}  # step -> how often its slots changed under an upload
         self._deadlines: dict[tuple[int, int], float] = {}  # (epoch, step) -> of its checkpoint
         self._again = False
@@ -113,7 +114,8 @@ class Uploader:
         """From here on, snapshots of this attempt."""
         with self._wake:
             self._source = source
-            self._done = {source.epoch: self._done.get(source.epoch, set())}
+            # an upload of the attempt before may be at its last request yet, and say how it went
+            self._done = defaultdict(set, {source.epoch: self._done[source.epoch]})
             self._voids = {}
             self._again = True
             self._wake.notify_all()
@@ -138,7 +140,7 @@ class Uploader:
     def idle(self) -> bool:
         """Nothing is being uploaded, and nothing waits to be."""
         with self._wake:
-            return not self._busy and not self._again
+            return not self._busy and not (self._again and self._source is not None)
 
     def close(self) -> None:
         with self._wake:

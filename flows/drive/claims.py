@@ -2,7 +2,8 @@
 
 A launch works in one folder of one machine. Whoever finds it claimed there attaches, where this machine can; else it
 watches, until the launch's nodes have left or have not been heard for a while. Silence is counted by this process's
-own monotonic clock, from looks that the store answered; nobody's clock is compared with another's.
+own monotonic clock, from looks that the store answered; nobody's clock is compared with another's. Of time in which no
+look was made `UNWATCHED_S` count: this process was stopped, or the machine, and the nodes maybe with it.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ SILENT_S = 30.0
 SILENT_SOON_S = 5.0
 """The same, where it worked on this machine and is not seen here: before its last boot, or another user's."""
 LOOK_S = 1.0
+UNWATCHED_S = 3.0
 _STATUS_CAP = 1 << 20
 
 
 @dataclass
 class _Heard:
-    """What the nodes of a launch out of reach say: ``said`` is what was read last, new or not since ``at``."""
+    """What the nodes of a launch out of reach say: ``said`` is what was read last, and ``silent_s`` for how long there
+    has been nothing new; ``looked``: when the store was asked last, and answered.
+    """
 
     said: tuple[tuple[str, int] | None, ...] = ()
     left: bool = False
-    at: float | None = None
+    silent_s: float = 0.0
     looked: float | None = None
 
 
@@ -122,8 +126,7 @@ class StoreClaims:
     def _out_of_reach(self, heard: _Heard, words: str, limit: float) -> Held:
         if heard.left:
             return Held(None, words, left=True)
-        silent = 0.0 if heard.at is None or heard.looked is None else heard.looked - heard.at
-        if silent >= limit:
+        if heard.silent_s >= limit:
             return Held(None, words, over=f"no node of it was heard for {limit:.0f} s")
         return Held(None, f"{words} (taken over by itself once nothing was heard of it for {limit:.0f} s)")
 
@@ -146,11 +149,13 @@ class StoreClaims:
         try:
             said = [self._status(launch_id, node) for node in range(nodes)]
         except StoreUnavailable:
-            heard.at = heard.looked = None
+            heard.looked, heard.silent_s = None, 0.0
             raise
         beats = tuple(s and (s[0], s[1]) for s in said)
-        if heard.at is None or beats != heard.said:
-            heard.at = now
+        if heard.looked is None or beats != heard.said:
+            heard.silent_s = 0.0
+        else:
+            heard.silent_s += min(now - heard.looked, UNWATCHED_S)
         heard.said, heard.looked = beats, now
         heard.left = all(s is not None and s[2] for s in said)
         return heard

@@ -100,6 +100,8 @@ class Evaluating:
         names = tuple(e.name for e in spec.eval)
         if not self._lanes and (spec.validation.every or names):
             self._lanes = (_Lane((VALIDATION,)), _Lane(names))
+        if self._lanes and self._lanes[1].names != names:  # an order has changed them: these were not tried yet
+            self._lanes[1].names, self._lanes[1].tried, self._lanes[1].failures = names, set(), 0
         for lane in self._lanes:
             if lane.child is not None:
                 self._hear(lane, lane.child)

@@ -114,10 +114,10 @@ def build_flipping(kernel: str, step: int, rank: int, *, nan: bool = False) -> P
     return _small("flipping", sources, flags)
 
 
-def build_preload() -> Path:
-    """``programs/preload_alloc.c``, to load before the engine (LD_PRELOAD)."""
+def build_preload(name: str = "preload_alloc") -> Path:
+    """``programs/<name>.c``, to load before the engine (LD_PRELOAD)."""
     flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g1 -shared -fPIC -Wall -Wextra -Werror")
-    return _small("preload_alloc", [PROGRAMS / "preload_alloc.c"], flags)
+    return _small(name, [PROGRAMS / f"{name}.c"], flags)
 
 
 def build_idle_device() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -214,6 +215,34 @@ def test_a_server_that_is_away_is_unknown_and_says_since_when(
     sight = watcher.sight()
     assert "away" in sight.error
     assert (sight.synced, set(sight.objects)) == (True, {"a"})
+
+
+@pytest.mark.parametrize("verb", ["get", "watch"])
+def test_an_answer_of_another_form_is_unknown_and_asked_again(server: ApiServer, verb: str) -> None:
+    """As a proxy's sign-in page says it: the thread went with it, and what was there stood for ever."""
+    real, odd = api_of(server), threading.Event()
+
+    class Source:
+        def get(self, path: str, query: Any = None, read_s: float = 20.0) -> Any:
+            return {"sign": "in"} if odd.is_set() and verb == "get" else real.get(path, query, read_s)
+
+        def watch(self, path: str, query: Any, timeout_s: int, idle_s: float) -> Iterator[Any]:
+            return iter(["sign in"]) if odd.is_set() and verb == "watch" else real.watch(path, query, 1, idle_s)
+
+    watcher = ObjectWatcher(Source(), PODS, "train", "hotstage.dev/run=x", pod_view, QUICK, seed=1)
+    try:
+        server.put(PODS_AT, pod("a", JOB, 0))
+        started(watcher)
+        odd.set()
+        server.compact()
+        until(lambda: watcher.sight().failing_s > 0.0, "the odd answer")
+        assert set(watcher.sight().objects) == {"a"}
+        odd.clear()
+        server.put(PODS_AT, pod("b", JOB, 1))
+        until(lambda: set(watcher.sight().objects) == {"a", "b"}, "the next answer")
+    finally:
+        odd.clear()
+        watcher.stop()
 
 
 def test_a_connection_that_says_nothing_is_given_up(server: ApiServer) -> None:

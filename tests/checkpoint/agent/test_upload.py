@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -222,6 +223,27 @@ def test_a_checkpoint_has_one_deadline(node: Node, monkeypatch: pytest.MonkeyPat
     assert [step for step, _ in node.stored] == [2]
     assert node.now >= 550.0
     assert uploader.deadline(node.epoch, 2) == 600.0
+
+
+def test_the_next_attempt_may_begin_at_the_last_request_of_this_one(
+    node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is no bug of the uploader's."""
+    node.fill(2)
+    uploader = node.uploader("a0")
+    after = replace(node.source(), epoch=node.epoch + 1)
+    uploader._on_part = lambda step, epoch: uploader.begin(after)
+    uploader.begin(node.source())
+    uploader.pump()
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_an_attempt_that_is_over_leaves_nothing_to_wait_for(node: Node) -> None:
+    uploader = node.uploader("a0")
+    uploader.begin(node.source())
+    assert not uploader.idle
+    uploader.cancel()
+    assert uploader.idle
 
 
 def test_memory_is_the_slots_or_one_buffer_a_thread() -> None:

@@ -24,7 +24,7 @@ from checkpoint.keys import launch_key, node_key
 from checkpoint.log import RunLog
 from checkpoint.store import MemoryStore, open_store
 from flows.drive.begin import prepare_run
-from flows.drive.claims import SILENT_S, SILENT_SOON_S, StoreClaims
+from flows.drive.claims import SILENT_S, SILENT_SOON_S, UNWATCHED_S, StoreClaims
 from flows.drive.run import attempt_body
 from flows.drive.train import Run as Driven
 from flows.drive.train import make_driver
@@ -69,6 +69,14 @@ class World:
     @property
     def state(self) -> str:
         return self.launcher.observe(LAUNCH).state
+
+    def watch(self, seconds: float) -> str:
+        """For so long, with a look each two seconds; the last one's state."""
+        state, end = "", self.now + seconds
+        while self.now < end:
+            self.now = min(self.now + 2.0, end)
+            state = self.state
+        return state
 
     def ensure(self) -> None:
         self.launcher.ensure(Launch(RUN, LAUNCH, 1, "memory:", self.folder))
@@ -116,9 +124,9 @@ def test_while_it_is_heard_nothing_is_started(world: World) -> None:
 def test_silence_of_a_while_is_the_end(world: World) -> None:
     world.claimed_by(FAR)
     world.beat(1)
-    for now, state in ((0, "elsewhere"), (SILENT_S - 1, "elsewhere"), (SILENT_S + 1, "lost")):
-        world.now = float(now)
-        assert world.state == state
+    assert world.state == "elsewhere"
+    assert world.watch(SILENT_S - 1) == "elsewhere"
+    assert world.watch(2) == "lost"
     loss = world.launcher.observe(LAUNCH).loss
     assert loss is not None
     assert (loss.cls, "no node of it was heard for 30 s" in loss.text) == ("infra", True)
@@ -134,8 +142,18 @@ def test_what_could_not_be_asked_is_not_silence(world: World) -> None:
     assert world.state == "unknown"
     world.store.away, world.now = False, SILENT_S + 5
     assert world.state == "elsewhere"
-    world.now += SILENT_S
-    assert world.state == "lost"
+    assert world.watch(SILENT_S) == "lost"
+
+
+def test_time_in_which_nobody_looked_is_not_silence(world: World) -> None:
+    """A machine that slept, with the nodes that are watched from it: they had no time to say anything."""
+    world.claimed_by(FAR)
+    world.beat(1)
+    assert world.state == "elsewhere"
+    world.now += 10 * SILENT_S
+    assert world.state == "elsewhere"
+    assert world.watch(SILENT_S - UNWATCHED_S - 1) == "elsewhere"
+    assert world.watch(1) == "lost"
 
 
 def test_a_launch_that_has_left_is_done_at_once(world: World) -> None:
@@ -152,15 +170,13 @@ def test_a_container_of_this_machine_is_out_of_reach(world: World) -> None:
     mine = Place.of(world.folder)
     world.claimed_by(replace(mine, host="container", space="pid:[7]"))
     assert world.state == "elsewhere"
-    world.now += SILENT_S
-    assert world.state == "lost"
+    assert world.watch(SILENT_S) == "lost"
 
 
 def test_after_a_boot_a_folder_that_is_gone_is_soon_over(world: World) -> None:
     world.claimed_by(replace(FAR, host=socket.gethostname()))
     assert world.state == "elsewhere"
-    world.now += SILENT_SOON_S
-    assert world.state == "lost"
+    assert world.watch(SILENT_SOON_S) == "lost"
 
 
 def test_after_a_boot_the_folder_is_taken_up_again(world: World) -> None:
@@ -181,8 +197,7 @@ def test_a_folder_made_again_is_another_place(world: World) -> None:
     folder.mkdir()
     Place.of(folder)
     assert world.state == "elsewhere"  # nothing of it is seen here; another user's might be about to start again
-    world.now += SILENT_SOON_S
-    assert world.state == "lost"
+    assert world.watch(SILENT_SOON_S) == "lost"
 
 
 def test_one_of_many_claims_a_launch(world: World) -> None:
@@ -208,8 +223,7 @@ def test_an_older_versions_launch_is_left_alone(world: World) -> None:
     world.beat(1)
     view = world.launcher.observe(LAUNCH)
     assert (view.state, "an older version" in view.note) == ("elsewhere", True)
-    world.now += SILENT_S
-    assert world.state == "lost"
+    assert world.watch(SILENT_S) == "lost"
 
 
 def test_an_older_versions_claim_is_read(tmp_path: Path) -> None:

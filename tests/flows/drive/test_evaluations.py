@@ -171,6 +171,15 @@ def test_commands_and_the_validation_do_not_wait_for_each_other(tmp_path: Path) 
     at_work.close()
 
 
+def test_commands_that_an_order_adds_are_run_by_the_driver_that_is_there(tmp_path: Path) -> None:
+    at_work = Evaluating(MemoryStore(), RUN, tmp_path, command=python("import sys; sys.stdin.read()"), cpus=1)
+    state = line(at_work.store, 20)
+    at_work.look(spec(BOTH[0]), state, 60)
+    at_work.look(spec(*BOTH), state, 60)
+    assert [lane.what for lane in at_work._lanes] == [("validation",), ("a",)]
+    at_work.close()
+
+
 def test_a_result_is_found_behind_whatever_was_said() -> None:
     assert result_of('{"a": 1}\nwords\n{"b": 2}\n{broken\n') == {"b": 2}
     assert result_of("") == {}

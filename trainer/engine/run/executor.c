@@ -222,7 +222,8 @@ hs_status hs_executor_finish_saving(hs_executor *ex, int64_t deadline_ns, hs_why
 }
 
 /* Of the last state, for which there may be no slot yet: the agent reads them all. Where that agent has died, the
- * next one hears from here which slots there are, and lets go of them. HS_E_AGAIN: not in time. */
+ * next one hears from here which slots there are, and lets go of them. Messages go on: a peer that has its slot waits
+ * for them no longer than stall_ms. HS_E_AGAIN: not in time. */
 static hs_status wait_for_slot(hs_executor *ex, int64_t deadline_ns, hs_why *why) {
     while (!hs_snapshot_claim(ex->snapshot)) {
         if (hs_stop_lost(ex->stop))
@@ -230,6 +231,7 @@ static hs_status wait_for_slot(hs_executor *ex, int64_t deadline_ns, hs_why *why
                            "a peer was lost while this rank waited for a snapshot slot");
         if (hs_clock_ns() >= deadline_ns) return HS_E_AGAIN;
         hs_agent_link_poll(ex->agent);
+        HS_TRY(hs_messages_progress(ex->messages, why));
         (void)poll(NULL, 0, SLOT_POLL_MS); /* shared memory cannot wake us */
     }
     return HS_OK;

@@ -205,6 +205,10 @@ hs_status hs_messages_before(hs_messages *m, hs_list list, uint32_t i, int64_t s
     return HS_OK;
 }
 
+hs_status hs_messages_progress(hs_messages *m, hs_why *why) {
+    return m->overlaps ? progress(m, why) : HS_OK;
+}
+
 hs_status hs_messages_settle(hs_messages *m, hs_why *why) {
     if (!m->overlaps) return HS_OK;
     for (uint32_t c = 0; c < m->c.plan->count[HS_SECTION_CHANNELS]; c++) {

@@ -78,6 +78,9 @@ hs_status hs_messages_before(hs_messages *messages, hs_list list, uint32_t i, in
 hs_status hs_messages_run(hs_messages *messages, hs_list list, uint32_t i, const hs_turn *turn,
                           hs_why *why);
 
+/* For who waits for something else meanwhile: moves what can move, and waits for nothing. */
+hs_status hs_messages_progress(hs_messages *messages, hs_why *why);
+
 /* Sees off all messages that were begun: between two lists, at a jump in one, before anybody but its
  * actions reads memory, and at the end. */
 hs_status hs_messages_settle(hs_messages *messages, hs_why *why);

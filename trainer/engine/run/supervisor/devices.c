@@ -19,9 +19,13 @@ static void say_why(hs_sup_devices *d, const char *why) {
                          "{\"devices\":[],\"why\":\"%s\",\"driver\":true,\"chosen\":null}", why);
 }
 
+static void stop_asking(const hs_sup_devices *d) {
+    if (d->pid) (void)kill(d->pid, SIGKILL); /* reaped with the ranks */
+}
+
 void hs_sup_forget_devices(hs_sup_devices *d) {
     if (d->asking) {
-        (void)kill(d->pid, SIGKILL); /* reaped with the ranks */
+        stop_asking(d);
         close(d->fd);
     }
     *d = (hs_sup_devices){.asking = false};
@@ -70,7 +74,7 @@ void hs_sup_hear_devices(hs_supervisor *s) {
         return;
     }
     if (hs_clock_ns() < d->deadline_ns) return;
-    (void)kill(d->pid, SIGKILL);
+    stop_asking(d);
     end(s,
         "the driver did not list its devices within 45 s; look at nvidia-smi and the kernel's log "
         "on this node, and restart it if they hang too");

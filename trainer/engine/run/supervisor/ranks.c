@@ -84,10 +84,13 @@ static void rank_ended(hs_supervisor *s, hs_sup_rank *r, int status) {
 void hs_sup_reap(hs_supervisor *s) {
     int status;
     pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        if (pid == s->attempt.devices.pid)
+            s->attempt.devices.pid = 0; /* its number may be another's */
         for (uint32_t i = 0; i < s->attempt.count; i++)
             if (s->attempt.ranks[i].pid == pid) {
                 rank_ended(s, &s->attempt.ranks[i], status);
                 break;
             }
+    }
 }

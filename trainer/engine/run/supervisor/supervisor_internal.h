@@ -50,8 +50,8 @@ typedef enum hs_sup_phase {
 } hs_sup_phase;
 
 typedef struct hs_sup_devices {
-    bool asking; /* pid and fd are those of a process that has not answered yet */
-    pid_t pid;
+    bool asking; /* fd is that of a process that has not answered yet */
+    pid_t pid;   /* 0: reaped */
     int fd;
     int64_t deadline_ns;
     size_t bytes; /* of line; 0: nobody asked */
