@@ -21,6 +21,7 @@ import contextlib
 import errno
 import itertools
 import os
+import resource
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,9 +47,10 @@ from checkpoint.store.memory import window
 
 _TMP = ".tmp"
 _DIRECT_BYTES = 1 << 20  # objects from here on are written past the page cache, and reads from here on are read so
+FEW = 16  # inodes that are left, for what this store has just removed again; or blocks
 _TMP_AGE_S = 24 * 3600.0  # a temporary file this old belongs to nobody alive
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 _SHAPE = {
@@ -69,9 +71,22 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
     if isinstance(error, TimeoutError) and code is None:
         return StoreUnavailable(f"{what}: the file store {root}: {text}")
     if code in _FULL:
+        if code == errno.ENOSPC and _has_no_inodes(root):
+            return StoreUnavailable(
+                f"{what}: the file system of {root} has space, but takes no more files ({text}: all its inodes are in "
+                "use, df -i); nothing that was there is lost: remove files there and it goes on"
+            )
         return StoreUnavailable(
             f"{what}: the file store {root} is full or over its quota ({text}); "
             "nothing that was there is lost: free space and it goes on"
+        )
+    if code == errno.EFBIG:
+        return StoreRefused(f"{what}: the file store {root}: {_largest(root, text)}")
+    if code == errno.EMFILE:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return StoreUnavailable(
+            f"{what}: the file store {root}: this process has all of the {most} open files that it may have ({text}): "
+            "raise the limit (ulimit -n, a service's LimitNOFILE)"
         )
     if code == errno.ESTALE:
         return StoreUnavailable(
@@ -91,6 +106,26 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
     return StoreUnavailable(
         f"{what}: the file store {root} answered {errno.errorcode.get(code or 0, code)} ({text}); "
         "look at that folder (is it mounted?), or choose another with --store"
+    )
+
+
+def _has_no_inodes(root: Path) -> bool:
+    for folder in (root, *root.parents):
+        with contextlib.suppress(OSError):
+            room = os.statvfs(folder)
+            return room.f_files > 0 and room.f_favail < FEW <= room.f_bavail
+    return False
+
+
+def _largest(root: Path, text: str) -> str:
+    """What limits a file, and the mend: the process's limit, else the file system."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if most == resource.RLIM_INFINITY:
+        return f"its file system takes no file as large as this ({text}); choose another with --store"
+    return (
+        f"this process may write files of {most} bytes at most ({text}), and chunks of checkpoints and shards of data "
+        "are larger: raise the limit (ulimit -f unlimited, a service's LimitFSIZE=infinity) and start again; nothing "
+        "that was there is lost"
     )
 
 

@@ -34,6 +34,16 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
             "AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead (and change them: addresses end up in logs)"
         )
     shown = f"s3://{parts.netloc}{parts.path}"
+    if re.fullmatch(r".+:\d+", parts.netloc):
+        raise StoreRefused(
+            f"store {shown}: {parts.netloc} is a server's name and port, not a bucket's: write "
+            f"s3://{parts.path.strip('/') or 'bucket/prefix'}?endpoint=http://{parts.netloc} (or https://)"
+        )
+    if parts.netloc.endswith("--x-s3"):
+        raise StoreRefused(
+            f"store {shown}: {parts.netloc} is a directory bucket: its listings have no order and cannot begin "
+            "after a name, as a log needs it; use a general purpose bucket"
+        )
     if parts.fragment or _BUCKET.match(parts.netloc) is None:
         raise StoreRefused(
             f"store {shown}: must be s3://bucket/prefix, the bucket of 3 to 63 letters, digits, dots and dashes"

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import re
+import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import botocore.config
 import botocore.exceptions
 import botocore.parsers
 import urllib3.exceptions
+from urllib3.util.ssl_match_hostname import CertificateError
 
 from checkpoint.errors import (
     CredentialsExpired,
@@ -66,13 +68,19 @@ _RETRY = (
 )
 _FILES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Of what the SDK reads here, before it asks anybody."""
-_NO_RETRY = (botocore.exceptions.SSLError, botocore.exceptions.InvalidProxiesConfigError)
+_NO_RETRY = (botocore.exceptions.InvalidProxiesConfigError,)
+_LOGINS: dict[type[Exception], str] = {
+    botocore.exceptions.TokenRetrievalError: "aws sso login",
+    botocore.exceptions.SSOError: "aws sso login",
+    botocore.exceptions.LoginError: "aws login",
+    botocore.exceptions.LoginTokenLoadError: "aws login",
+}
+"""What a person who has logged in once does again."""
 CREDENTIALS = (
     botocore.exceptions.NoCredentialsError,
     botocore.exceptions.PartialCredentialsError,
     botocore.exceptions.ProfileNotFound,
-    botocore.exceptions.TokenRetrievalError,
-    botocore.exceptions.SSOError,
+    *_LOGINS,
 )
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _UNKNOWN_CODES = {
@@ -98,13 +106,16 @@ _RETRY_CODES = {
     "ConditionalRequestConflict",
     "IncompleteBody",
     "BadDigest",
-    "QuotaExceeded",
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
+_FULL = re.compile(r"quota|StorageFull|InsufficientStorage|storage cap exceeded", re.IGNORECASE)
+"""In the code or the words of a store that takes no more: 400, 403, 409 and 507 say it, each maker in its own way."""
+_HEADER = re.compile(r"(unsupported|not supported|not implemented).*header|header .*not (supported|implemented)", re.I)
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
 _RIGHTS = "this identity has no right to do it; what the agent, the driver and the collector need is in docs/policies"
 _REGION = "the bucket is in another region: add ?region=… to the address"
+_OTHER = "check the address, the rights and what the server supports"
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",
     "AccessDenied": _RIGHTS,
@@ -112,7 +123,7 @@ _MEND = {
     "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and the endpoint",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
     "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off: set it",
-    "NotImplemented": "the server lacks what hotstage needs (conditional writes): use another one",
+    "NotImplemented": "the server lacks what hotstage needs (conditional writes, with a SHA-256): use another one",
     "InvalidToken": "the session token does not belong to the access key: check AWS_SESSION_TOKEN",
     "PermanentRedirect": _REGION,
     "TemporaryRedirect": _REGION,
@@ -216,9 +227,17 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
             return CredentialsExpired(said)
         if code in _UNKNOWN_CODES:
             return CredentialsRefused(f"{said}: {_MEND.get(code, 'check the credentials')}")
+        if error.operation_name.startswith(("Put", "Upload", "Create", "Complete")) and (
+            _FULL.search(code) or _FULL.search(text)
+        ):
+            return StoreUnavailable(
+                f"{said}: the store is full or over its quota; nothing that was there is lost: free space, or raise "
+                "the quota, and it goes on"
+            )
         if code in _RETRY_CODES or (status in _RETRY_STATUS and code not in _MEND):
             return StoreUnavailable(said)
-        return StoreRefused(f"{said}: {_MEND.get(code, 'check the address, the rights and what the server supports')}")
+        mend = _MEND["NotImplemented"] if _HEADER.search(text) else _MEND.get(code, _OTHER)
+        return StoreRefused(f"{said}: {mend}")
     if (refused := _unsent(error, what, store)) is not None:
         return refused
     said = f"{what}: {store}: {type(error).__name__}: {_without_login(str(error))[:300]}"
@@ -236,6 +255,9 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
         said += "; look at HTTP_PROXY and HTTPS_PROXY (http://host:port, no SOCKS), or name the server in NO_PROXY"
     if isinstance(error, botocore.parsers.ResponseParserError):
         return StoreRefused(f"{said}; {NOT_S3}")
+    if (login := next((login for kind, login in _LOGINS.items() if isinstance(error, kind)), "")) != "":
+        profile = f" --profile {name}" if (name := os.environ.get("AWS_PROFILE")) else ""
+        return CredentialsRefused(f"{said}; the profile's login has ended, or there was none: {login}{profile}")
     if isinstance(error, CREDENTIALS):
         return CredentialsRefused(
             f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role "
@@ -246,16 +268,42 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
             f"{said}; look at the files that AWS_WEB_IDENTITY_TOKEN_FILE, AWS_SHARED_CREDENTIALS_FILE and "
             "AWS_CONFIG_FILE name: this process cannot read one of them"
         )
-    if isinstance(error, botocore.exceptions.SSLError):
-        named = os.environ.get("AWS_CA_BUNDLE")
-        now = f"it is {named!r} now" if named else "it is not set"
-        return StoreRefused(
-            f"{said}; where the server's certificate is of an authority of your own, name a file with that authority's "
-            f"certificate by AWS_CA_BUNDLE ({now}) or the profile's ca_bundle"
-        )
+    if isinstance(error, botocore.exceptions.SSLError) and (why := _tls(error)):
+        return StoreRefused(f"{said}; {why}")
     if isinstance(error, _RETRY) and not isinstance(error, _NO_RETRY):
         return StoreUnavailable(said)
     return StoreRefused(f"{said}; check the address, the credentials and boto3's configuration")
+
+
+def _tls(error: BaseException) -> str:
+    """Why no connection will be better than this one, with the mend; empty where another may be."""
+    inner = error
+    while not isinstance(inner, (ssl.SSLError, CertificateError)):
+        told = getattr(inner, "kwargs", {}).get("error") or next(iter(inner.args), None)
+        if not isinstance(told, BaseException):
+            return ""
+        inner = told
+    if isinstance(inner, ssl.SSLError) and inner.reason == "WRONG_VERSION_NUMBER":
+        return "the server speaks no TLS at that port: is the endpoint to begin with http://, or is the port another?"
+    if not isinstance(inner, (ssl.SSLCertVerificationError, CertificateError)):
+        return ""
+    if isinstance(inner, CertificateError) or inner.verify_code in _OTHER_NAME:
+        return (
+            "the server's certificate is of another name: correct the endpoint; where the bucket stands in the host "
+            "name (a bucket with dots, for one) add &path_style=1"
+        )
+    if inner.verify_code in _OTHER_TIME:
+        return "the server's certificate does not hold today: have it renewed, or set this machine's clock"
+    named = os.environ.get("AWS_CA_BUNDLE")
+    now = f"it is {named!r} now" if named else "it is not set"
+    return (
+        "where the server's certificate is of an authority of your own, name a file with that authority's certificate "
+        f"by AWS_CA_BUNDLE ({now}) or the profile's ca_bundle"
+    )
+
+
+_OTHER_NAME, _OTHER_TIME = (62, 63, 64), (9, 10)
+"""Of OpenSSL's verify_code."""
 
 
 def _without_login(text: str) -> str:

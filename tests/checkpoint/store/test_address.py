@@ -151,6 +151,11 @@ def test_a_url_is_decoded(url: str, folder: str) -> None:
         ("s3://a.b.s3.eu-west-1.amazonaws.com/p", "write s3://a.b/p"),
         ("s3://bkt.s3-eu-west-1.amazonaws.com", "write s3://bkt"),
         ("s3://192.168.1.1/p", "write s3://bucket/prefix?endpoint=http://host:port"),
+        (
+            "s3://minio:9000/bkt/p",
+            "a server's name and port, not a bucket's: write s3://bkt/p?endpoint=http://minio:9000",
+        ),
+        ("s3://fast--use1-az4--x-s3/p", "is a directory bucket: its listings have no order"),
         ("http://h/x", "schemes are"),
     ],
 )

@@ -85,18 +85,37 @@ def test_a_read_only_disk_is_refused(small_disk: Path) -> None:
     assert store.get(KEY) == b"first"
 
 
-def test_a_file_size_limit_reads_as_a_full_disk(tmp_path: Path) -> None:
+def test_a_limit_of_the_process_is_named_with_its_mend(tmp_path: Path) -> None:
     store = open_store((tmp_path / "store").as_uri())
 
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         assert store.create(KEY, bytes(1000))
-        with pytest.raises(StoreUnavailable, match="full or over its quota"):
+        with pytest.raises(StoreRefused, match=r"may write files of 1000 bytes at most .*ulimit -f unlimited"):
             store.create("runs/r/chunks/big", bytes(5000))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, 1))
+        with pytest.raises(StoreUnavailable, match=r"all of the 1 open files .*ulimit -n"):
+            store.create("runs/r/a", b"x")
 
     in_child(work)
     assert [i.bytes for i in store.list("")] == [1000]
     assert list((tmp_path / "store" / ".tmp").iterdir()) == []
+
+
+def test_a_disk_without_inodes_is_named(small_disk: Path) -> None:
+    store = open_store((small_disk / "store").as_uri())
+    assert store.create(KEY, b"first")
+    subprocess.run(["mount", "-o", "remount,nr_inodes=12", str(small_disk)], check=True)
+    said = ""
+    for number in range(12):
+        try:
+            store.create(f"runs/r/{number}", b"x")
+        except StoreUnavailable as error:
+            said = str(error)
+    assert "has space, but takes no more files" in said
+    assert "df -i" in said
+    assert list((small_disk / "store" / ".tmp").iterdir()) == []
+    assert store.get(KEY) == b"first"
 
 
 def test_no_rights_is_refused_with_the_mend(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

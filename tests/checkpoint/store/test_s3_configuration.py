@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import socket
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -92,6 +95,31 @@ def test_everything_from_a_profile(peer: HostileS3, home: Path, monkeypatch: pyt
     assert peer.requests == ["PUT http://store.example/bucket/p/runs/r/spec"]
     assert "Credential=team-key/" in peer.heads[0]["authorization"]
     assert "/ap-south-1/s3/" in peer.heads[0]["authorization"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "login"),
+    [
+        (
+            "sso_session = s\nsso_account_id = 1\nsso_role_name = r\n[sso-session s]\nsso_region = us-east-1\n"
+            "sso_start_url = http://127.0.0.1:9/start",
+            "aws sso login --profile team",
+        ),
+        (
+            "sso_start_url = http://127.0.0.1:9/start\nsso_region = us-east-1\nsso_account_id = 1\nsso_role_name = r",
+            "aws sso login --profile team",
+        ),
+    ],
+)
+def test_a_login_that_has_ended_is_told_with_its_command(
+    peer: HostileS3, home: Path, monkeypatch: pytest.MonkeyPatch, profile: str, login: str
+) -> None:
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("AWS_PROFILE", "team")
+    (home / "config").write_text(f"[profile team]\nregion = us-east-1\n{profile}\n")
+    with pytest.raises(CredentialsRefused, match=f"the profile's login has ended, or there was none: {login}"):
+        open_s3(f"s3://bucket/p?endpoint=http://127.0.0.1:{peer.port}", AT_ONCE).get(KEY)
+    assert peer.requests == []
 
 
 def test_a_profile_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,17 +253,16 @@ def test_the_bucket_in_the_path_or_in_the_host_name(
 # --- https ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def secure(home: Path) -> Iterator[HostileS3]:
-    """A server with a certificate of its own authority, ``ca.pem``."""
+def served(home: Path, address: str = "127.0.0.1", days: int = 1) -> ssl.SSLContext:
+    """A server with a certificate of its own authority, ``ca.pem``, for this address; it ends in so many days."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
     now = datetime.datetime.now(datetime.UTC)
     made = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .not_valid_before(now - datetime.timedelta(days=9))
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -245,7 +272,12 @@ def secure(home: Path) -> Iterator[HostileS3]:
     )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(home / "ca.pem", home / "key.pem")
-    with hostile_s3(context) as running:
+    return context
+
+
+@pytest.fixture
+def secure(home: Path) -> Iterator[HostileS3]:
+    with hostile_s3(served(home)) as running:
         yield running
 
 
@@ -268,6 +300,47 @@ def test_a_certificate_of_an_unknown_authority_is_refused_with_the_mend(secure: 
     with pytest.raises(StoreRefused, match="AWS_CA_BUNDLE"):
         https(secure).create(KEY, b"x")
     assert secure.objects == {}
+
+
+@pytest.mark.parametrize(
+    ("certificate", "says"),
+    [
+        ({"address": "10.1.2.3"}, "is of another name: correct the endpoint; .*path_style=1"),
+        ({"days": -1}, "does not hold today: have it renewed, or set this machine's clock"),
+    ],
+)
+def test_a_certificate_that_does_not_fit_is_told(
+    home: Path, keys: None, monkeypatch: pytest.MonkeyPatch, certificate: dict[str, Any], says: str
+) -> None:
+    with hostile_s3(served(home, **certificate)) as running:
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(home / "ca.pem"))
+        with pytest.raises(StoreRefused, match=says):
+            https(running).create(KEY, b"x")
+
+
+def test_a_server_without_tls_is_told(peer: HostileS3, keys: None) -> None:
+    with pytest.raises(StoreRefused, match=r"speaks no TLS at that port: is the endpoint to begin with http://"):
+        https(peer).create(KEY, b"x")
+
+
+def test_a_connection_that_ends_within_its_handshake_is_tried_again(keys: None) -> None:
+    """As a server that is started again, or a load balancer, ends it: no question of certificates."""
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def end() -> None:
+            while len(asked) < AT_ONCE.attempts:
+                connection, _ = listening.accept()
+                asked.append(connection.recv(1 << 14))
+                connection.close()
+
+        thread = threading.Thread(target=end, daemon=True)
+        thread.start()
+        there = f"https://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(StoreUnavailable, match=r"EOF|reset|closed"):
+            open_s3(f"s3://bucket/p?endpoint={there}&region=us-east-1", AT_ONCE).get(KEY)
+        thread.join(10)
+    assert len(asked) == AT_ONCE.attempts
 
 
 def test_a_bundle_that_is_not_there_is_refused(

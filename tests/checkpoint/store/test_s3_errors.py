@@ -116,3 +116,28 @@ def test_answers_are_told_apart(status: int, code: str, kind: type[CheckpointErr
     if kind is not NotFound:
         assert code in str(error)
         assert "R7" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (403, "QuotaExceeded", ""),  # Ceph
+        (400, "XMinioAdminBucketQuotaExceeded", "Bucket quota exceeded"),
+        (507, "XMinioStorageFull", "Storage backend has reached its minimum free drive threshold."),
+        (403, "AccessDenied", "Cannot upload files, storage cap exceeded."),  # B2
+        (403, "AccessDenied", "Forbidden: Object quota is reached"),  # Garage
+    ],
+)
+def test_a_store_that_is_full_is_waited_for(status: int, code: str, message: str) -> None:
+    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")
+    assert isinstance(error, StoreUnavailable)
+    assert "full or over its quota; nothing that was there is lost: free space, or raise the quota" in str(error)
+
+
+def test_a_header_that_a_server_does_not_take_is_what_it_lacks() -> None:
+    message = "Unsupported header 'x-amz-checksum-sha256' received for this API call."
+    answer = {"Error": {"Code": "InvalidArgument", "Message": message}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+    error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")
+    assert isinstance(error, StoreRefused)
+    assert "lacks what hotstage needs (conditional writes, with a SHA-256): use another one" in str(error)
