@@ -257,6 +257,21 @@ def test_two_ranks_on_one_device_under_nccl(tmp_path: Path) -> None:
         assert codes(a, b) == (0, 0), told(a, b)
 
 
+UNHANDLED_CUDA, SYSTEM, INTERNAL, INVALID_USAGE, REMOTE = 1, 2, 3, 5, 6
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UNHANDLED_CUDA, 70), (SYSTEM, 75), (INTERNAL, 70), (INVALID_USAGE, 70), (REMOTE, 75)]
+)
+def test_what_nccl_fails_with_makes_no_machine_sick(tmp_path: Path, error: int, code: int) -> None:
+    """But its device, where it says so itself."""
+    failing = {"HS_EMULATED_NCCL": str(error)}
+    with both(pair(), tmp_path, ZERO, ONE, "nccl", failing, {}) as (a, b):
+        assert codes(a, b) == (code, 75)
+        assert "over NCCL: NCCL, carrying messages: " in told(a)
+        assert ": said to" in told(a)
+
+
 @pytest.mark.parametrize("way", ["ipc", "nccl"])
 def test_the_supervisor_s_word_ends_a_wait_for_the_device(tmp_path: Path, way: str) -> None:
     gang, ways = pair(), {"HOTSTAGE_ENGINE_CHANNELS": way}

@@ -157,6 +157,16 @@ def build_way_to_device(builder: Builder) -> Path:
     return target
 
 
+def oracle() -> Path:
+    """The tests' kernels of the CPU, which they would build first. Where they cannot be built, the tests that compare
+    with them say so, and training is timed all the same."""
+    try:
+        return build_oracle(strict=False)
+    except AssertionError as error:
+        print(f"no oracle: {error}", flush=True)
+        return Path()
+
+
 @dataclass(frozen=True)
 class Built:
     """Where things are; empty strings of seconds: it was given."""
@@ -180,7 +190,7 @@ def build(folder: Path = FOLDER) -> Built:
         ("library", "HOTSTAGE_CUDA", lambda: build_library(builder, nvcc or "nvcc", box.architecture(), more)),
         ("engine", "HOTSTAGE_ENGINE", lambda: build_engine(builder)),
         ("way", "", lambda: build_way_to_device(builder)),
-        ("oracle", "", build_oracle),  # the tests' own, which they would build first
+        ("oracle", "", oracle),
     ]
 
     def one(what: tuple[str, str, Callable[[], Path]]) -> Path:

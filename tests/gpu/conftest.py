@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def kernels() -> KernelLib:
     """The CPU's kernels: the oracle, and the bits."""
-    return KernelLib(build_kernels())
+    return KernelLib(build_kernels(strict=False))
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.gpu import box, kernel_times, report
+from tests.engine import kernel_lib
+from tests.gpu import box, build, kernel_times, report
 from tests.gpu.__main__ import BARE, STAND_INS, missing_packages, python_path
 from tests.gpu.bare import msgpack as bare_msgpack
 from tests.gpu.bare.safetensors.numpy import load_file as bare_load_file
 from tests.gpu.build import ENGINE, ROOMS, engine_units
 from tests.gpu.session import CANNOT, LOG, MORE, STATE, Session, Stage
 from tests.gpu.snapshot import blocked_ms
-from tests.gpu.stages import TOOLS, function_of, stages
+from tests.gpu.stages import TOOLS, function_of, looking, stages
 from tests.gpu.under_pytest import LOST, heard, under_pytest
 from tests.support.wait import wait_for
 
@@ -242,6 +243,31 @@ def test_a_bare_box_compiles_the_engine_that_cmake_compiles() -> None:
     assert ours == cmake, f"tests/gpu/build.py has {ROOMS}"
 
 
+def test_a_warning_of_another_compiler_costs_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The box's is whichever it has; what ours warns of fails the tests here."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "warns.c"
+    source.write_text("int twice(int x);\nint twice(int x) { int unused; return 2 * x; }\n")
+    unit = (source, list[str](), list[Path]())
+    with pytest.raises(AssertionError, match="unused variable"):
+        kernel_lib._build(["cc"], [unit], ["-shared"], "warns", ".so")
+    assert kernel_lib._build(["cc"], [unit], ["-shared"], "warns", ".so", strict=False).exists()
+
+
+def test_without_an_oracle_a_session_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*, strict: bool) -> Path:
+        raise AssertionError(f"cc: no such flag, strict {strict}")
+
+    monkeypatch.setattr(build, "build_oracle", fails)
+    monkeypatch.setattr(build, "build_way_to_device", lambda builder: builder.folder)
+    for name in ("HOTSTAGE_ENGINE", "HOTSTAGE_CUDA"):
+        monkeypatch.setenv(name, "/given")
+    assert build.build(tmp_path).way == tmp_path
+    assert "no oracle: cc: no such flag, strict False" in capsys.readouterr().out
+
+
 def test_every_stage_has_its_function_and_its_order() -> None:
     listed = stages()
     names = [stage.name for stage in listed]
@@ -253,6 +279,13 @@ def test_every_stage_has_its_function_and_its_order() -> None:
     assert set(TOOLS) <= set(names)
     assert names.index("train-gpt2-124m") < names.index("kernels-exact"), "does it run at all comes first"
     assert names.index("torch-gpt2-124m") < names.index("large-exact"), "the oracle of real sizes takes minutes"
+
+
+def test_a_call_that_a_library_tries_in_vain_is_no_fault_of_memory() -> None:
+    """A cuBLASLt of a newer release than the driver looks for what that does not have."""
+    assert {tool: "--report-api-errors no" in " ".join(looking("compute-sanitizer", tool)) for tool in TOOLS} == {
+        tool: tool == "memcheck" for tool in TOOLS
+    }
 
 
 def test_times_outside_kernels() -> None:

@@ -118,6 +118,49 @@ def test_the_table_that_was_made_last() -> None:
     assert {name.partition("<")[0] for name in told["kernels"]} == written, "run make cuda again"
 
 
+def arguments(text: str, at: int) -> list[str]:
+    """Of a call whose first argument begins at ``at``."""
+    depth, found = 0, [""]
+    for c in text[at:]:
+        depth += (c in "({<") - (c in ")}>")
+        if depth < 0:
+            break
+        if c == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += c
+    return [" ".join(word.split()) for word in found]
+
+
+def test_a_launch_has_the_threads_that_its_kernel_is_compiled_for() -> None:
+    """A GPU refuses more; the emulator knows no launch bounds. Rows that are staged take some warps of a block's."""
+    files = [
+        p for room in ROOMS for p in sorted(room.iterdir()) if p.suffix in (".cu", ".h") and "emulate" not in p.name
+    ]
+    texts = {p.name: p.read_text().replace("->", "  ") for p in files}
+    kernel = re.compile(r"__global__ void __launch_bounds__\(((?:[^()]|\([^()]*\))*)\)\s+(\w+)\(")
+    bounds = {
+        (where, name): arguments(f"{bound})", 0)[0]
+        for where, text in texts.items()
+        for bound, name in kernel.findall(text)
+    }
+    of_name = {name: bound for (_, name), bound in bounds.items()}
+    assert len(of_name) == len(bounds), "two kernels of one name"
+    launched = set()
+    for where, text in texts.items():
+        aliases = dict(re.findall(r"const auto (\w+)\s*=\s*(\w+)<", text))
+        for call in re.finditer(r"(?<!define )HS_LAUNCH(?:_SHARED)?\(", text):
+            what, _, block, *_ = arguments(text, call.end())
+            name = re.sub(r"^\(?(\w+).*", r"\1", what)
+            name = aliases.get(name, name)
+            assert block == of_name[name] or (block, of_name[name]) == ("staged * LANES", "STAGE_THREADS"), (
+                where,
+                what,
+            )
+            launched.add(name)
+    assert launched == set(of_name)
+
+
 def test_the_extra_and_the_image_have_the_same_libraries() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = {line.partition(";")[0] for line in project["optional-dependencies"]["cuda"]}

@@ -129,9 +129,7 @@ hs_status here(hs_device *d, hs_why *why) {
     return error == cudaSuccess ? HS_OK : failed(d, error, NULL, "turning to it", why);
 }
 
-/* What the device itself says after a call was refused: a failure that stays shows in any call that looks at
- * it. In a capture nothing may look. Forgets the runtime's last error. */
-static cudaError_t error_of(const hs_device *d) {
+cudaError_t error_of(const hs_device *d) {
     (void)cudaGetLastError();
     if (d->capturing >= 0) return cudaSuccess;
     const cudaError_t error = cudaStreamQuery(d->streams[HS_STREAM_SAVE]);

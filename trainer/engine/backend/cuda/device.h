@@ -63,6 +63,9 @@ namespace hs_cuda {
 hs_status status_of(cudaError_t error);
 /* A failure for good: in the device's own words, and at what. Forgets the runtime's last error. */
 hs_status failed(hs_device *d, cudaError_t error, const doing *at, const char *action, hs_why *why);
+/* What the device itself says after a call was refused: a failure that stays shows in any call that looks at
+ * it. In a capture nothing may look. Forgets the runtime's last error. */
+cudaError_t error_of(const hs_device *d);
 /* HS_OK, or the failure that stays. */
 hs_status sound(hs_device *d, hs_why *why);
 /* The runtime keeps a device a thread; another thread's is device 0, which no call here may wake. */

@@ -67,10 +67,16 @@ void look(hs_device *d) {
     found.write = driver_call("cuStreamWriteValue32");
 }
 
-hs_status nccl_fail(const hs_link *link, nccl::result error, const char *doing, hs_why *why) {
-    const char *more = found.nccl.GetLastError(link ? link->comm : NULL);
+/* The peer's or the network's fault, the device's where it says so itself, else the call's: HS_E_DEVICE would leave the
+ * machine out of later launches. */
+hs_status nccl_fail(hs_device *d, nccl::comm c, nccl::result error, const char *doing,
+                    hs_why *why) {
+    const cudaError_t own =
+        error == nccl::UNHANDLED_CUDA_ERROR ? error_of(d) : (cudaError_t)cudaSuccess;
+    if (own != cudaSuccess) return failed(d, own, NULL, doing, why);
+    const char *more = found.nccl.GetLastError(c);
     const bool lost = error == nccl::REMOTE_ERROR || error == nccl::SYSTEM_ERROR;
-    return hs_fail(why, lost ? HS_E_LOST : HS_E_DEVICE, "NCCL, %s: %s%s%.300s", doing,
+    return hs_fail(why, lost ? HS_E_LOST : HS_E_BUG, "NCCL, %s: %s%s%.300s", doing,
                    found.nccl.GetErrorString(error), more && more[0] ? ": " : "", more ? more : "");
 }
 
@@ -211,7 +217,7 @@ hs_status name(hs_device *d, uint8_t id[HS_LINK_ID_BYTES], hs_why *why) {
     nccl::id made;
     HS_TRY(here(d, why));
     const nccl::result error = found.nccl.GetUniqueId(&made);
-    if (error != nccl::SUCCESS) return nccl_fail(NULL, error, "a name to meet under", why);
+    if (error != nccl::SUCCESS) return nccl_fail(d, NULL, error, "a name to meet under", why);
     memcpy(id, &made, sizeof made);
     return HS_OK;
 }
@@ -236,18 +242,19 @@ hs_status join(hs_device *d, const uint8_t id[HS_LINK_ID_BYTES], int end, hs_lin
     const nccl::result error = found.nccl.CommInitRankConfig(&link->comm, 2, where, end, &how);
     *out = link;
     if (error == nccl::SUCCESS || error == nccl::IN_PROGRESS) return HS_OK;
-    return nccl_fail(link, error, "joining", why);
+    return nccl_fail(d, link->comm, error, "joining", why);
 }
 
 hs_status joined(hs_link *link, bool *done, hs_why *why) {
     nccl::result state = nccl::SUCCESS;
     *done = false;
     const nccl::result error = found.nccl.CommGetAsyncError(link->comm, &state);
-    if (error != nccl::SUCCESS) return nccl_fail(link, error, "asked how it goes", why);
+    if (error != nccl::SUCCESS)
+        return nccl_fail(link->device, link->comm, error, "asked how it goes", why);
     *done = state == nccl::SUCCESS;
     return state == nccl::SUCCESS || state == nccl::IN_PROGRESS
                ? HS_OK
-               : nccl_fail(link, state, "carrying messages", why);
+               : nccl_fail(link->device, link->comm, state, "carrying messages", why);
 }
 
 /* In a group of one: that is where a non-blocking communicator says that it goes on by itself. */
@@ -256,13 +263,13 @@ hs_status pass(hs_link *link, int stream, const void *from, void *to, uint64_t b
     HS_TRY(here(d, why));
     cudaStream_t s = d->streams[stream];
     nccl::result error = found.nccl.GroupStart();
-    if (error != nccl::SUCCESS) return nccl_fail(link, error, "a group", why);
+    if (error != nccl::SUCCESS) return nccl_fail(d, link->comm, error, "a group", why);
     const nccl::result put = from ? found.nccl.Send(from, bytes, nccl::INT8, 1, link->comm, s)
                                   : found.nccl.Recv(to, bytes, nccl::INT8, 0, link->comm, s);
     error = found.nccl.GroupEnd();
     if (put != nccl::SUCCESS && put != nccl::IN_PROGRESS) error = put;
     if (error == nccl::SUCCESS || error == nccl::IN_PROGRESS) return HS_OK;
-    return nccl_fail(link, error, from ? "a send" : "a receive", why);
+    return nccl_fail(d, link->comm, error, from ? "a send" : "a receive", why);
 }
 
 hs_status send(hs_link *link, int stream, const void *from, uint64_t bytes, hs_why *why) {

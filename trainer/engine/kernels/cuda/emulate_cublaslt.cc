@@ -311,7 +311,9 @@ lt::status matmul(void *, lt::description *what, const void *alpha, const void *
     const cudaStream_t stream = static_cast<cudaStream_t>(on);
     if (!stream) return work(&j);
     const cudaError_t before = cudaPeekAtLastError();
-    const bool taken = hs_emulated::enqueue(stream, "cublaslt", work, &j, sizeof j) == 0;
+    static const char *const kernels[ALGORITHMS] = {"cublaslt 0", "cublaslt 1", "cublaslt 2",
+                                                    "cublaslt 3", "cublaslt 4", "cublaslt 5"};
+    const bool taken = hs_emulated::enqueue(stream, kernels[number], work, &j, sizeof j) == 0;
     hs_emulated::leave_last_error(before);
     return taken ? 0 : 13;
 }
