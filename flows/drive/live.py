@@ -203,22 +203,29 @@ def read_output(store: Store, run: str, epoch: int, rank: int) -> bytes:
 
 @dataclass
 class OutputFollower:
-    """``logs -f``: bytes of a rank's output that were not seen before."""
+    """``logs -f``: bytes of a rank's output that were not seen before. Of the 64 objects a look reads those that were
+    written since the last one, as the listing says.
+    """
 
     store: Store
     run: str
     epoch: int
     rank: int
     _seen: dict[int, int] = field(default_factory=dict)
+    _read: dict[str, tuple[int, float | None]] = field(default_factory=dict)  # as they were listed when they were read
 
     def poll(self) -> bytes:
         """What came since the last call, in order."""
         fresh: dict[int, bytes] = {}
         for info in self.store.list(output_prefix(self.run, self.epoch, self.rank)):
+            listed = info.bytes, info.modified
+            if info.modified is not None and self._read.get(info.key) == listed:
+                continue
             try:
                 data = self.store.get(info.key, max_bytes=SEGMENT_CAP)
             except NotFound:
                 continue
+            self._read[info.key] = listed
             if len(data) < 8:
                 continue
             number = int.from_bytes(data[:8], "little")

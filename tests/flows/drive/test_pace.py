@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from checkpoint.store import MemoryStore
 from checkpoint.store.base import FREE, PAID, Info, Pace
 from flows.drive.claims import SILENT_SOON_S, StoreClaims
 from flows.drive.decide import judge
-from flows.drive.live import MetricsReader, StatusReader
+from flows.drive.live import MetricsReader, OutputFollower, StatusReader
 from flows.drive.loop import POLL_S, calm_pause_s, pause_after
 from flows.drive.views import AttemptView, AwaitStop, LogView, Phase, Policy, Watch
 
@@ -27,11 +28,14 @@ LOOP_S = 1.0
 
 
 class Paced(MemoryStore):
-    """A store of some pace, that counts the looks for what may be there: listings, and reads that find nothing."""
+    """A store of some pace, that counts the looks for what may be there, listings and reads that find nothing, and
+    remembers what was read.
+    """
 
     def __init__(self, pace: Pace) -> None:
         super().__init__(pace)
         self.looks = 0
+        self.read: list[str] = []
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         self.looks += 1
@@ -39,6 +43,7 @@ class Paced(MemoryStore):
 
     def get(self, key: str, **more: Any) -> bytes:
         try:
+            self.read.append(key)
             return super().get(key, **more)
         except NotFound:
             self.looks += 1
@@ -90,6 +95,25 @@ def test_metrics_are_looked_for_as_often_as_they_come(pace: Pace, most: int) -> 
     write(600)
     seen += [line["step"] for line in reader.poll([2], last=True)]
     assert seen == list(range(601))
+
+
+def test_who_follows_output_reads_what_is_new_and_not_all_that_is_kept() -> None:
+    store = Paced(PAID)
+    follower = OutputFollower(store, RUN, 2, 0)
+
+    def write(number: int, text: bytes) -> str:
+        store.put(key := f"{keys.output_prefix(RUN, 2, 0)}{number % 64:02d}", struct.pack("<Q", number) + text)
+        return key
+
+    for number in range(64):
+        write(number, b"%d " % number)
+    assert follower.poll().split() == [b"%d" % number for number in range(64)]
+    store.read.clear()
+    assert follower.poll() == b""
+    assert store.read == []
+    grown, wrapped = write(63, b"63 more"), write(64, b"64 ")
+    assert follower.poll() == b"more64 "
+    assert sorted(store.read) == [wrapped, grown]
 
 
 @pytest.mark.parametrize(("pace", "soon_s"), [(FREE, SILENT_SOON_S), (PAID, 3 * PAID.beat_s)])
