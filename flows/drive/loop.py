@@ -250,7 +250,7 @@ class Driver:
         if seen.reached and was is not None and not was.reached:
             self._teller.phase("here", "the run goes on from here")
         if view.state == "unknown" and not seen.stop:
-            self._teller.phase("unknown", view.detail, key=("launcher", view.detail[:80]))
+            self._teller.silence("unknown", view.detail, "launcher", view.detail)
         policy = self.prepared.policy(
             launch_id, self._layouts, detaches=self.launcher.detaches, amendments=state.amendments
         )
@@ -303,7 +303,7 @@ class Driver:
             raise error
         kind, phase = ("launcher" if isinstance(error, LaunchUnknown) else "store"), "warning" if refused else "unknown"
         more = "; the gang trains on, and this command tries again until that is mended" if refused else ""
-        self._teller.phase(phase, f"{error}{more}", key=(kind, str(error)[:80]))
+        self._teller.silence(phase, f"{error}{more}", kind, str(error))
         return REFUSED_PATIENCE_S if refused else PATIENCE_S
 
     # --- acting -------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from trainer.spec_layouts import layout_words
 DETACHED = "the gang trains on; `hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it"
 NOT_TOLD = ("sums", "sent", "busy")
 """Of a step's line: for replays and the run's health alone."""
+OVER_S = 60.0
+"""Since it was seen last something that did not answer is over: the next time is told again."""
 EXIT_CANCELLED = 1
 EXIT_STOPPED = 85
 PARKED = "parked"
@@ -41,6 +43,7 @@ class Teller:
     _begins: list[tuple[int, int]] = field(default_factory=list)  # (epoch that was left, step from which it goes on)
     _failed_at: float | None = None
     _told: set[tuple[Any, ...]] = field(default_factory=set)
+    _silences: dict[tuple[Any, ...], float] = field(default_factory=dict)  # key -> when it was seen last
     _told_n: int | None = None  # the newest checkpoint record that was told
 
     def tell(self, kind: str, **facts: Any) -> None:
@@ -53,6 +56,16 @@ class Teller:
         self.tell("phase", phase=phase.value if isinstance(phase, Phase) else phase, text=text)
         if key is not None:  # a phase may come back: of those only the last one is not repeated
             self._told = {k for k in self._told if k[0] != "phase"} | {key}
+
+    def silence(self, phase: Phase | str, text: str, of: str, why: str) -> None:
+        """What does not answer now, ``of`` a kind: told once while it lasts, and again where it comes back after
+        `OVER_S`.
+        """
+        now, key = self.clock(), (of, why[:80])
+        over = {k for k, at in self._silences.items() if now - at > OVER_S}
+        self._told -= over
+        self._silences = {k: at for k, at in self._silences.items() if k not in over} | {key: now}
+        self.phase(phase, text, key=key)
 
     def known(self, state: RunState, steps: int) -> None:
         """The run had begun, or ended, before this driver: whoever started it twice should see that. ``steps``: of the

@@ -10,7 +10,7 @@ from checkpoint.store import open_store
 from flows.drive.events import Event
 from flows.drive.line import ordered_back
 from flows.drive.live import on_line
-from flows.drive.telling import Teller
+from flows.drive.telling import OVER_S, Teller
 from flows.drive.views import NodeView, Phase, Restore, StartAttempt
 from flows.show.facts import attempt_facts
 from flows.show.lines import Lines
@@ -47,6 +47,16 @@ def test_trouble_that_lasts_is_told_once_and_so_is_the_phase_beside_it() -> None
         ("warning", f"node 0: {trouble}"),
         ("training", ""),
     ]
+
+
+def test_an_outage_is_told_once_and_the_next_one_again() -> None:
+    """Hours later, in the same words."""
+    heard, now = Heard(), 0.0
+    teller = Teller("r-0a1b2c", heard, clock=lambda: now)
+    for seconds in (0.0, 1.0, OVER_S - 1, 1.0, OVER_S + 1, 1.0):  # from one look that is not answered to the next
+        now += seconds
+        teller.silence("unknown", "the API server does not answer", "launcher", "the API server does not answer")
+    assert heard.phases == [("unknown", "the API server does not answer")] * 2
 
 
 def test_steps_whose_lines_come_after_the_next_attempt_has_begun_are_lost_all_the_same() -> None:

@@ -47,7 +47,7 @@ int hs_metrics_kind(const hs_plan_action *action) {
         return HS_TIME_DATA;
     case HS_A_SNAPSHOT:
         return HS_TIME_SNAPSHOT;
-    default: /* REPORT, COMBINE, APPLY */
+    default: /* reports and control blocks: what a step's end takes beside its kernels */
         return HS_TIME_OPT;
     }
 }

@@ -65,8 +65,8 @@ static uint64_t longest_message(const hs_plan *plan, const hs_plan_position *p) 
 
 static hs_status open_host(hs_spaces *s, const hs_plan *plan, const hs_plan_position *p,
                            hs_why *why) {
-    /* a training's step list has one each of COMBINE, REPORT, APPLY or CHECK, FORESEE */
-    s->pieces = calloc(3 * (size_t)p->mb_count + 6, sizeof *s->pieces);
+    /* rows, norms and control, and blocks of actions: a plan says how many MERGEs have one of their own */
+    s->pieces = calloc(3 * (size_t)p->mb_count + 2 + p->steps, sizeof *s->pieces);
     if (!s->pieces) return hs_fail(why, HS_E_MEMORY, "no memory for the list of HOST memory");
     const uint64_t total = find_pieces(s, plan, p);
     s->window_bytes = longest_message(plan, p);
