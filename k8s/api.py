@@ -10,22 +10,31 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import logging
 import os
+import re
 import ssl
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 import urllib3
 
-from k8s.errors import ApiUnavailable, Unauthenticated, translate
-from k8s.kubeconfig import load_cluster
+from k8s.errors import ApiUnavailable, Unauthenticated, translate, untrusted
+from k8s.kubeconfig import Access, load_cluster
 from k8s.proxy import Proxy, proxy_for
-from trainer.errors import LaunchRefused
+from trainer.errors import LaunchError, LaunchRefused
+
+log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "hotstage"
 CONNECT_S, READ_S = 5.0, 20.0
+RENEW_S = 5.0
+"""Credentials that the server does not know are looked for again at most so often."""
+_WARNING = re.compile(r'299 \S+ "((?:[^"\\]|\\.)*)"')
 
 Json = dict[str, Any]
 
@@ -52,17 +61,29 @@ QUOTAS = Resource("ResourceQuota", "resourcequotas", "/api/v1")
 RANGES = Resource("LimitRange", "limitranges", "/api/v1")
 
 
+@dataclass(frozen=True)
+class _Way:
+    """To the server, as whoever the credentials of now say."""
+
+    access: Access
+    proxy: Proxy | None
+    pool: urllib3.PoolManager
+
+
 class Api:
-    """One cluster. Thread-safe: urllib3 keeps the connections. ``proxy_url`` is the kubeconfig's; without it the
-    environment decides (``k8s.proxy``), not what the configuration took from there.
+    """One cluster. Thread-safe: urllib3 keeps the connections. A proxy is the kubeconfig's, else what the environment
+    says (``k8s.proxy``), not what the client took from there.
+
+    ``again`` looks for the access once more where the server does not know its credentials: a token in a file, a
+    certificate or what a program gives may be newer by now.
     """
 
-    def __init__(self, configuration: Any, namespace: str | None = None, proxy_url: str = "") -> None:
-        self._configuration = configuration
-        self.host: str = str(configuration.host).rstrip("/")
-        self.namespace = namespace
-        self.proxy = proxy_for(self.host, os.environ, proxy_url)
-        self._pool = _pool(configuration, self.proxy)
+    def __init__(self, access: Access, again: Callable[[], Access] | None = None) -> None:
+        self.host: str = str(access.configuration.host).rstrip("/")
+        self.namespace = access.namespace
+        self._way, self._again = _way(access, self.host), again
+        self._lock, self._renewed_at = threading.Lock(), -1e9
+        self._warned: set[str] = set()
 
     @classmethod
     def load(cls, kubeconfig: str | None = None, context: str | None = None) -> Api:
@@ -70,8 +91,9 @@ class Api:
 
         Raises LaunchRefused where there is none, or where it does not hold.
         """
-        configuration, namespace = load_cluster(kubeconfig or os.environ.get("HOTSTAGE_KUBECONFIG"), context)
-        return cls(configuration, namespace, configuration.proxy or "")
+        given = kubeconfig or os.environ.get("HOTSTAGE_KUBECONFIG")
+        access = load_cluster(given, context)
+        return cls(access, lambda: load_cluster(given, access.context))  # the same one, whatever is current by then
 
     # --- verbs --------------------------------------------------------------------------------------------
 
@@ -125,6 +147,27 @@ class Api:
 
     # --- inside -------------------------------------------------------------------------------------------
 
+    def _renew(self, failed: _Way) -> bool:
+        """Look for credentials again after the server did not know those of ``failed``; whether to ask once more."""
+        with self._lock:
+            if self._way is not failed:
+                return True  # another thread has found them
+            if self._again is None or time.monotonic() - self._renewed_at < RENEW_S:
+                return False
+            self._renewed_at = time.monotonic()
+            try:
+                found = self._again()
+            except LaunchError as error:
+                log.warning("looking for newer credentials of %s: %s", self.host, error)
+                return False
+            if str(found.configuration.host).rstrip("/") != self.host:
+                log.warning(
+                    "the kubeconfig now says %s; its credentials are not for %s", found.configuration.host, self.host
+                )
+                return False
+            self._way = _way(found, self.host)
+            return True
+
     def _json(
         self,
         method: str,
@@ -156,6 +199,7 @@ class Api:
         response = self._send(method, path, query, body, content_type, read_s, what)
         try:
             data: bytes = response.read()
+            self._warn(response)
             if response.status >= 300:
                 raise translate(response.status, data, what, response.headers.get("Retry-After"))
             return data
@@ -163,6 +207,13 @@ class Api:
             raise ApiUnavailable(f"{what}: the answer ended early: {error}") from error
         finally:
             response.release_conn()
+
+    def _warn(self, response: urllib3.BaseHTTPResponse) -> None:
+        """What the server warns of beside its answer (Pod Security, versions of its API that end), each once."""
+        for text in _WARNING.findall(", ".join(response.headers.getlist("Warning"))):
+            if text not in self._warned:
+                self._warned.add(text)
+                log.warning("the API server warns: %s", text.replace('\\"', '"'))
 
     def _send(
         self,
@@ -174,22 +225,39 @@ class Api:
         read_s: float,
         what: str,
     ) -> urllib3.BaseHTTPResponse:
-        headers = {"Accept": "application/json", "User-Agent": "hotstage"}
-        try:
-            for setting in self._configuration.auth_settings().values():
-                if setting.get("in") == "header" and setting.get("value"):
-                    headers[setting["key"]] = setting["value"]
-        except Exception as error:  # the user's own credential program may fail in any way
-            raise Unauthenticated(f"{what}: cannot get the kubeconfig's credentials: {error}; log in again") from error
-        username, password = self._configuration.username, self._configuration.password
-        if username and "authorization" not in {h.lower() for h in headers}:
-            pair = base64.b64encode(f"{username}:{password}".encode()).decode()
-            headers["authorization"] = f"Basic {pair}"
+        """The answer; asked again where the server did not know the credentials and newer ones were found."""
+        way = self._way
+        response = self._sent(way, method, path, query, body, content_type, read_s, what)
+        if response.status == 401 and self._renew(way):
+            response.close()
+            response = self._sent(self._way, method, path, query, body, content_type, read_s, what)
+        return response
+
+    def _sent(
+        self,
+        way: _Way,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Json | None,
+        content_type: str | None,
+        read_s: float,
+        what: str,
+    ) -> urllib3.BaseHTTPResponse:
+        headers = urllib3.HTTPHeaderDict({"Accept": "application/json", "User-Agent": "hotstage"})
+        for name, value in (*_credentials(way.access.configuration, what), *way.access.headers):
+            value = " ".join(value.split())  # a file's last line ends, as kubectl knows
+            if not (value.isascii() and value.isprintable()):
+                raise Unauthenticated(
+                    f"{what}: the kubeconfig's credentials hold what no header can (a letter beyond ASCII, a control "
+                    "character): take it out of its token"
+                )
+            headers.add(name, value)
         if content_type:
             headers["Content-Type"] = content_type
         url = f"{self.host}{path}" + (f"?{urlencode(query)}" if query else "")
         try:
-            return self._pool.request(
+            return way.pool.request(
                 method,
                 url,
                 headers=headers,
@@ -200,12 +268,35 @@ class Api:
                 redirect=False,
             )
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            through = f" through {self.proxy}" if self.proxy else ""
+            through = f" through {way.proxy}" if way.proxy else ""
+            if why := untrusted(error):
+                raise LaunchRefused(f"{what}: {self.host}{through}: {error}; {why}") from error
             raise ApiUnavailable(f"{what}: {self.host} does not answer{through}: {error}") from error
+
+
+def _credentials(configuration: Any, what: str) -> list[tuple[str, str]]:
+    try:
+        found = [
+            (str(setting["key"]), str(setting["value"]))
+            for setting in configuration.auth_settings().values()
+            if setting.get("in") == "header" and setting.get("value")
+        ]
+    except Exception as error:  # the user's own credential program may fail in any way
+        raise Unauthenticated(f"{what}: cannot get the kubeconfig's credentials: {error}; log in again") from error
+    username, password = configuration.username, configuration.password
+    if username and "authorization" not in {name.lower() for name, _ in found}:
+        pair = base64.b64encode(f"{username}:{password}".encode()).decode()
+        found.append(("authorization", f"Basic {pair}"))
+    return found
 
 
 def _error(response: urllib3.BaseHTTPResponse, what: str) -> Exception:
     return translate(response.status, response.read(), what, response.headers.get("Retry-After"))
+
+
+def _way(access: Access, host: str) -> _Way:
+    proxy = proxy_for(host, os.environ, access.proxy_url)
+    return _Way(access, proxy, _pool(access.configuration, proxy))
 
 
 def _pool(configuration: Any, proxy: Proxy | None) -> urllib3.PoolManager:

@@ -17,7 +17,11 @@ LaunchError 75                (trainer.errors)
 from __future__ import annotations
 
 import json
+import re
+import ssl
 from typing import Any
+
+from urllib3.util.ssl_match_hostname import CertificateError
 
 from k8s.refusal import refusal
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
@@ -81,6 +85,9 @@ def translate(status: int, body: bytes, what: str, retry_after: str | None = Non
     if status == 407:
         return NotAllowed(f"{text}; the proxy wants a name and a password: write it as http://NAME:PASSWORD@host:port")
     if status == 404:
+        space = re.fullmatch(r'namespaces "([^"]+)" not found', said)
+        if space is not None and not what.endswith(f"/namespaces/{space[1]}"):
+            return Invalid(f"{text}; create it (kubectl create namespace {space[1]}), or correct launch.namespace")
         return Missing(text)
     if status == 409:
         return Exists(text)
@@ -90,7 +97,36 @@ def translate(status: int, body: bytes, what: str, retry_after: str | None = Non
         return ApiUnavailable(text, _seconds(retry_after))
     if 400 <= status < 500:
         return Invalid(text)
+    if 300 <= status < 400:
+        return Invalid(
+            f"{what}: the server sends its callers elsewhere (HTTP {status}), as a login page does; correct the "
+            "kubeconfig's server, or log in there first"
+        )
     return LaunchError(text)
+
+
+def untrusted(error: BaseException) -> str:
+    """Why no connection will be better than this one, with the mend; empty where another may be."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, (ssl.SSLError, CertificateError)):
+        inner = next((arg for arg in (*inner.args, inner.__cause__) if isinstance(arg, BaseException)), None)
+    if isinstance(inner, ssl.SSLError) and inner.reason == "WRONG_VERSION_NUMBER":
+        return "the server speaks no TLS at that port; correct the kubeconfig's server"
+    if isinstance(inner, CertificateError) or (
+        isinstance(inner, ssl.SSLCertVerificationError) and inner.verify_code in (62, 63, 64)
+    ):
+        return (
+            "the server's certificate is of another name: correct the kubeconfig's server, or name one of the "
+            "certificate's by tls-server-name"
+        )
+    if not isinstance(inner, ssl.SSLCertVerificationError):
+        return ""
+    if inner.verify_code in (9, 10):
+        return "the server's certificate does not hold today: have it renewed, or set this machine's clock"
+    return (
+        "the kubeconfig's certificate-authority is not that of the server's certificate (or what answers is a proxy "
+        "that opens TLS): fetch the kubeconfig anew from whoever runs the cluster"
+    )
 
 
 def _message(body: bytes) -> str:

@@ -14,11 +14,13 @@ import os
 import re
 import shutil
 import ssl
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from k8s.errors import Unauthenticated
 from trainer.errors import LaunchRefused
@@ -32,13 +34,28 @@ _ANEW = "fetch the kubeconfig anew from whoever runs the cluster"
 _PEM = {"certificate-authority": "CERTIFICATE", "client-certificate": "CERTIFICATE", "client-key": "PRIVATE KEY"}
 _BLOCKS = re.MULTILINE | re.DOTALL
 _FILES = {"cluster": ("certificate-authority",), "user": ("client-certificate", "client-key")}
+_AS = {"as": "Impersonate-User", "as-uid": "Impersonate-Uid", "as-groups": "Impersonate-Group"}
+SILENT_S = 5.0
+"""So long a program that gives credentials may take until a word is said: it may wait for a browser."""
 
 Json = Mapping[str, Any]
 
 
-def load_cluster(given: str | None, context: str | None) -> tuple[Any, str | None]:
-    """The client's configuration and the context's namespace, if it has one. ``given``: a file, or several with colons
-    between them; None: KUBECONFIG, ~/.kube/config, else the pod's service account.
+@dataclass(frozen=True)
+class Access:
+    """How a cluster is asked: the client's ``configuration``, headers beside it, the kubeconfig's proxy, the context's
+    name and namespace."""
+
+    configuration: Any
+    headers: tuple[tuple[str, str], ...] = ()
+    proxy_url: str = ""
+    context: str | None = None
+    namespace: str | None = None
+
+
+def load_cluster(given: str | None, context: str | None) -> Access:
+    """``given``: a file, or several with colons between them; None: KUBECONFIG, ~/.kube/config, else the pod's service
+    account.
 
     Raises LaunchRefused where there is none, or where it does not hold.
     """
@@ -51,7 +68,7 @@ def load_cluster(given: str | None, context: str | None) -> tuple[Any, str | Non
     if not there and given is None and _TOKEN.exists():
         try:
             config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-            return configuration, _TOKEN.with_name("namespace").read_text().strip()
+            return Access(configuration, namespace=_TOKEN.with_name("namespace").read_text().strip())
         except (config.ConfigException, OSError, ValueError) as error:
             raise LaunchRefused(f"no cluster to talk to: the pod's own account: {error}; {_SET}") from error
     if not there:
@@ -60,7 +77,7 @@ def load_cluster(given: str | None, context: str | None) -> tuple[Any, str | Non
     _check_files(chosen)
     said: list[str] = []
     try:
-        with _overheard(said):
+        with _overheard(said), _waited_for(chosen):
             config.load_kube_config(  # type: ignore[no-untyped-call]
                 config_file=file, context=chosen.name, client_configuration=configuration
             )
@@ -73,7 +90,7 @@ def load_cluster(given: str | None, context: str | None) -> tuple[Any, str | Non
         )
     for text in said:
         log.warning("%s: %s", chosen, text)
-    return configuration, chosen.namespace
+    return Access(configuration, _as_whom(chosen.user), configuration.proxy or "", chosen.name, chosen.namespace)
 
 
 @dataclass(frozen=True)
@@ -179,15 +196,17 @@ def _check_files(chosen: Context) -> None:
         for key in keys if secure else ():
             _check_data(chosen, tree, key)
             _check_file(chosen, side, tree, key)
-    if "token" not in chosen.user:
+    if not chosen.user.get("token"):
         _check_file(chosen, "user", chosen.user, "tokenFile")
     if chosen.program:
         _check_program(chosen)
 
 
 def _check_file(chosen: Context, side: str, tree: Json, key: str) -> None:
-    if key not in tree or f"{key}-data" in tree:
+    if key not in tree or tree.get(f"{key}-data"):
         return
+    if not tree[key]:
+        raise LaunchRefused(f"{chosen}: {key} is there and empty; take that line out, or {_ANEW}")
     path = chosen.folders[side] / str(tree[key])
     if not path.is_file() or not os.access(path, os.R_OK):
         why = "cannot be read by this user" if path.is_file() else "is not there"
@@ -238,6 +257,29 @@ def _check_program(chosen: Context) -> None:
             + ("there" if "/" in name else "in PATH")
             + f"; install it{f' ({hint})' if hint else ''}, or take a kubeconfig with a token of its own"
         )
+
+
+def _as_whom(user: Json) -> tuple[tuple[str, str], ...]:
+    """The headers of a user who acts as another one, which kubectl sends and the client leaves out."""
+    said = {header: user.get(key) for key, header in _AS.items()}
+    for key, values in (user.get("as-user-extra") or {}).items():
+        said[f"Impersonate-Extra-{quote(str(key).lower(), safe='')}"] = values
+    several = {header: values if isinstance(values, list) else [values] for header, values in said.items() if values}
+    return tuple((header, str(value)) for header, values in several.items() for value in values)
+
+
+@contextmanager
+def _waited_for(chosen: Context) -> Iterator[None]:
+    """A word where the program that gives the credentials takes its time."""
+    text = "%s: still waiting for the program %r, which gives the credentials: does it wait for a login?"
+    timer = threading.Timer(SILENT_S, log.warning, (text, chosen, chosen.program))
+    timer.daemon = True
+    if chosen.program:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from k8s.api import Json, Resource
-from k8s.errors import ApiUnavailable, Expired, NotAllowed
-from trainer.errors import LaunchError
+from k8s.errors import ApiUnavailable, Expired
+from trainer.errors import LaunchError, LaunchRefused
 
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class ObjectWatcher(Generic[T]):
             if self._error != str(error):
                 log.info("watching %s: %s", self.resource.plural, error)
             self._error = str(error)
-        if isinstance(error, NotAllowed):
+        if isinstance(error, LaunchRefused):
             self._answered.set()
 
     def _list(self) -> None:

@@ -18,6 +18,7 @@ from kubernetes.client import Configuration
 
 from flows.drive.loop import POLL_S
 from k8s.api import JOBS, PODS, Api
+from k8s.kubeconfig import Access
 from k8s.launcher import KubernetesLauncher
 from k8s.watch import PACE
 from tests.k8s.api_server import ApiServer, pod
@@ -94,7 +95,7 @@ def measure() -> dict[str, tuple[float, float]]:
     with server() as api:
         configuration = Configuration()
         configuration.host = api.url
-        launcher = KubernetesLauncher(Api(configuration), SPACE)
+        launcher = KubernetesLauncher(Api(Access(configuration)), SPACE)
         try:
             launcher.ensure(launch)
             api.ask("run", PODS_OF_THE_GANG)
@@ -129,7 +130,7 @@ def _cost_of_listing(url: str) -> float:
     """CPU seconds of one whole list."""
     configuration = Configuration()
     configuration.host = url
-    other = KubernetesLauncher(Api(configuration), SPACE)
+    other = KubernetesLauncher(Api(Access(configuration)), SPACE)
     before = time.process_time()
     _whole(other, launch_named().launch_id)
     other.close()

@@ -13,6 +13,7 @@ from kubernetes.config import load_kube_config
 
 from flows.drive.loop import POLL_S, calm_pause_s
 from k8s.api import Api
+from k8s.kubeconfig import Access
 from k8s.launcher import KubernetesLauncher
 from tests.cluster.cluster import Cluster
 from tests.cluster.kwok import kwok
@@ -32,7 +33,7 @@ def space(cluster: Cluster) -> Iterator[str]:
 def launcher(cluster: Cluster, space: str) -> Iterator[KubernetesLauncher]:
     configuration = Configuration()
     load_kube_config(str(cluster.kubeconfig), client_configuration=configuration)
-    made = KubernetesLauncher(Api(configuration), space)
+    made = KubernetesLauncher(Api(Access(configuration)), space)
     yield made
     made.close()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import ssl
 import sys
 import threading
 import time
@@ -35,7 +36,7 @@ class _Http(ThreadingHTTPServer):
 class ApiServer:
     """``url`` is where it listens; ``with ApiServer() as server`` stops it."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.lock = threading.Condition()
         self.objects: dict[tuple[str, str], Json] = {}  # (collection path, name)
         self.history: list[tuple[int, str, str, Json]] = []  # version, collection, type, object
@@ -45,6 +46,9 @@ class ApiServer:
         self.storms: dict[str, tuple[int, str]] = {}  # "list", "watch" or "write" -> status, message
         self.denied: set[tuple[str, str]] = set()  # (verb, plural)
         self.expired = False  # whoever asks: unknown credentials
+        self.tokens: set[str] | None = None  # that it knows; None: all
+        self.heads: list[dict[str, list[str]]] = []  # of the requests, names in small letters
+        self.warns = ""  # beside each answer
         self.used: set[tuple[str, str]] = set()  # rights that requests needed: (verb, resource)
         self.documents: dict[str, Json] = {}  # path -> what GET answers there
         self.latency_s, self.bookmark_s = 0.0, 0.2
@@ -52,7 +56,9 @@ class ApiServer:
         handler = type("Handler", (_Handler,), {"server_state": self})
         self.http = _Http(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self.http.server_address[1]}"
+        if tls is not None:
+            self.http.socket = tls.wrap_socket(self.http.socket, server_side=True)
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
 
     def __enter__(self) -> ApiServer:
@@ -176,6 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        if self.server_state.warns:
+            self.send_header("Warning", f'299 - "{self.server_state.warns}"')
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -200,6 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         verb = "watch" if query.get("watch") else verb
         with state.lock:
+            state.heads.append({n.lower(): self.headers.get_all(n) or [] for n in self.headers})
             kind = verb if verb in ("watch", "list", "get") else "write"
             state.requests[self.command, kind, plural] += 1
             if plural != "selfsubjectaccessreviews":  # which everybody may ask
@@ -211,7 +220,8 @@ class _Handler(BaseHTTPRequestHandler):
                 state.lock.wait(0.1)
         if state.latency_s:
             time.sleep(state.latency_s)
-        if state.expired:
+        token = (self.headers.get("authorization") or "").removeprefix("Bearer ")
+        if state.expired or (state.tokens is not None and token not in state.tokens):
             self._fail(401, "Unauthorized")
             return "", "", {}, {}
         if (verb, plural) in state.denied:

@@ -10,6 +10,7 @@ from kubernetes.client import Configuration
 
 from k8s.api import PODS, Api
 from k8s.doctor import RIGHTS, Check, RunNeeds, examine
+from k8s.kubeconfig import Access
 from tests.k8s.api_server import ApiServer
 from tests.k8s.test_launcher import LAUNCH_OF, NAME, connect, run_pods
 from tests.k8s.test_render import rendered
@@ -47,7 +48,7 @@ def examined(server: ApiServer, on_gpus: bool = False, **launch: Any) -> dict[st
     fabric = launch.get("fabric", "tcp")
     wanted = RunNeeds("train", job, "s3://b/p", launch["store_secret"], launch.get("queue", ""), fabric, on_gpus)
     found: dict[str, list[Check]] = {}
-    for check in examine(Api(configuration), wanted):
+    for check in examine(Api(Access(configuration)), wanted):
         found.setdefault(check.name, []).append(check)
     return found
 
@@ -196,7 +197,7 @@ def test_a_queue_that_is_not_there(server: ApiServer) -> None:
 def test_nobody_there(server: ApiServer) -> None:
     configuration = Configuration()
     configuration.host = "http://127.0.0.1:9"
-    (check,) = examine(Api(configuration), RunNeeds("train"))
+    (check,) = examine(Api(Access(configuration)), RunNeeds("train"))
     assert (check.name, check.verdict) == ("version", "bad")
 
 
@@ -204,7 +205,7 @@ def test_no_time_left_is_said(server: ApiServer) -> None:
     configuration = Configuration()
     configuration.host = server.url
     times = iter([0.0, 1.0, *([20.0] * 20)])
-    found = examine(Api(configuration), RunNeeds("train"), clock=lambda: next(times))
+    found = examine(Api(Access(configuration)), RunNeeds("train"), clock=lambda: next(times))
     assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 10
 
 
@@ -219,7 +220,7 @@ def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) ->
     configuration = Configuration()
     configuration.host = server.url
     server.documents[f"{SPACE}/pods/{pod}/log"] = {}
-    Api(configuration).text(PODS.path("train", pod, "log"))
+    Api(Access(configuration)).text(PODS.path("train", pod, "log"))
     first.stop(NAME, 5.0)
     first.close()
     second.close()

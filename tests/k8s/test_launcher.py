@@ -15,6 +15,7 @@ from kubernetes.client import Configuration, V1Job, V1Secret, V1Service
 from flows.show.foretell import stand_in
 from k8s.api import Api
 from k8s.errors import ApiUnavailable, ForeignObject, Invalid, NotAllowed, QuotaFull
+from k8s.kubeconfig import Access
 from k8s.labels import LAUNCH, SPEC_DIGEST
 from k8s.launcher import KubernetesLauncher, run_of
 from k8s.watch import WatchPace
@@ -52,7 +53,7 @@ def server() -> Iterator[ApiServer]:
 def connect(server: ApiServer) -> KubernetesLauncher:
     configuration = Configuration()
     configuration.host = server.url
-    return KubernetesLauncher(Api(configuration), "train", pace=QUICK)
+    return KubernetesLauncher(Api(Access(configuration)), "train", pace=QUICK)
 
 
 @pytest.fixture
@@ -271,7 +272,7 @@ def test_an_api_server_that_is_away_is_unknown(server: ApiServer, monkeypatch: p
     server.storms.clear()
     until(lambda: state_of(launcher) == "running", "it to be back")
     launcher.close()
-    stranger = KubernetesLauncher(Api(_nowhere()), "train", pace=QUICK)
+    stranger = KubernetesLauncher(Api(Access(_nowhere())), "train", pace=QUICK)
     assert stranger.observe("other-k1").state == "unknown"
     stranger.close()
 

@@ -13,6 +13,7 @@ from kubernetes.client import Configuration
 
 from k8s.api import JOBS, PODS, Api
 from k8s.errors import ApiUnavailable, Expired, NotAllowed
+from k8s.kubeconfig import Access
 from k8s.views import PodView, pod_view
 from k8s.watch import List, ObjectWatcher, Wait, WatchMachine, WatchPace, WatchRequest
 from tests.k8s.api_server import ApiServer, pod
@@ -32,7 +33,7 @@ def until(true: Callable[[], object], what: str, limit_s: float = 20.0) -> None:
 def api_of(server: ApiServer) -> Api:
     configuration = Configuration()
     configuration.host = server.url
-    return Api(configuration)
+    return Api(Access(configuration))
 
 
 @pytest.fixture

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import socket
-import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from checkpoint.errors import CredentialsExpired, CredentialsRefused, StoreRefused, StoreUnavailable
 from checkpoint.store import open_store
 from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_address import open_s3
 from checkpoint.store.s3_answers import Retry
+from tests.support.certificates import served
 from tests.support.hostile_s3 import HostileS3, hostile_s3
 from tests.support.token_service import TokenService, token_service
 
@@ -251,28 +246,6 @@ def test_the_bucket_in_the_path_or_in_the_host_name(
 
 
 # --- https ------------------------------------------------------------------------------------------------
-
-
-def served(home: Path, address: str = "127.0.0.1", days: int = 1) -> ssl.SSLContext:
-    """A server with a certificate of its own authority, ``ca.pem``, for this address; it ends in so many days."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=9))
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    (home / "ca.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    (home / "key.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(home / "ca.pem", home / "key.pem")
-    return context
 
 
 @pytest.fixture
