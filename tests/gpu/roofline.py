@@ -19,6 +19,7 @@ from trainer.wire.kernels import KERNELS
 
 CACHE_BYTES = 1 << 28  # operands are taken from sets of this much, several times the last cache: they come from memory
 LONG_S = 0.02  # of a measurement
+ELEMENTS = 1 << 27  # of a call for all tensors, at most: AdamW's operands are then 2.4 GB
 PRODUCTS = ("linear", "attention", "logits", "classifier", "quantised")
 
 
@@ -55,7 +56,7 @@ def calls_of(
     plan: Plan, together: Collection[str]
 ) -> Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]]:
     """The step's calls of the first position that differ, and how often each is made. Those for tensors of kernels that
-    go ``together`` are one of all their elements."""
+    go ``together`` are one of all their elements, or as few equal ones as hold no more than ELEMENTS."""
     position = plan.positions[0]
     found: Counter[tuple[str, int, tuple[int, ...], tuple[float, ...], tuple[bool, ...]]] = Counter()
     runs = Counter(action.program for action in position.step if action.program is not None)
@@ -68,7 +69,8 @@ def calls_of(
             else:
                 found[call.kernel, call.dtype, tuple(call.dim), tuple(call.real), absent] += times
         for (kernel, dtype, rest, reals, absent), count in elements.items():
-            found[kernel, dtype, (count, *rest), reals, absent] += times
+            parts = -(-count // ELEMENTS)
+            found[kernel, dtype, (-(-count // parts), *rest), reals, absent] += times * parts
     return found
 
 

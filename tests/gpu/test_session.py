@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgpack
@@ -23,11 +24,13 @@ from tests.gpu.__main__ import BARE, STAND_INS, missing_packages, python_path
 from tests.gpu.bare import msgpack as bare_msgpack
 from tests.gpu.bare.safetensors.numpy import load_file as bare_load_file
 from tests.gpu.build import ENGINE, ROOMS, engine_units
+from tests.gpu.roofline import calls_of
 from tests.gpu.session import CANNOT, LOG, MORE, STATE, Session, Stage
 from tests.gpu.snapshot import blocked_ms
 from tests.gpu.stages import TOOLS, function_of, looking, stages
 from tests.gpu.under_pytest import LOST, heard, under_pytest
 from tests.support.wait import wait_for
+from trainer.plan.records import BoundCall
 
 KEY = {"tree": "t", "device": "d", "driver": "1"}
 PROGRAMS = {
@@ -307,6 +310,20 @@ def test_times_outside_kernels() -> None:
     text = "".join(f"{a} {b} {name}\n" for a, b, name in reversed(times))
     assert kernel_times.read(text) == sorted(times)
     assert kernel_times.newest_record("} CUpti_ActivityKernel9;\n} CUpti_ActivityKernel10;") == "CUpti_ActivityKernel10"
+
+
+def test_calls_for_all_tensors_are_timed_in_parts_that_fit() -> None:
+    """Of a model of 1B parameters AdamW's operands are 22 GB."""
+    sizes, pointers = (900_000_000, 300_000_000, 40), (None,) * 6
+    updates = [BoundCall("adamw", 1, pointers, (n, 0), (0.9, 0.95, 1e-8, 0.1), None, "O") for n in sizes]
+    others = [BoundCall("gelu_fwd", 2, pointers, (8,), (), 0, "F")] * 3
+    program = SimpleNamespace(calls=[*updates, *others])
+    position = SimpleNamespace(step=[SimpleNamespace(program="p")], programs={"p": program})
+    found = calls_of(SimpleNamespace(positions=[position]), {"adamw"})  # type: ignore[arg-type]
+    assert {(key[0], key[2][0]): count for key, count in found.items()} == {
+        ("adamw", -(-sum(sizes) // 9)): 9,
+        ("gelu_fwd", 8): 3,
+    }
 
 
 def test_rows_have_the_form_of_the_bench() -> None:

@@ -111,6 +111,7 @@ def under_pytest(
     with tempfile.TemporaryDirectory(prefix="hotstage-gpu-") as scratch:
         told, out, wanted = (Path(scratch) / name for name in ("told", "out", "wanted"))
         variables = {"HOTSTAGE_GPU_PATH": path, "HOTSTAGE_GPU_TOLD": str(told)} | (more or {})
+        variables["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # what a box has installed besides
         command = [*prefix, sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
         command += [f"--basetemp={scratch}/tmp", str(HERE / file)]
 
