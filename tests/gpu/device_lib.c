@@ -3,6 +3,9 @@
  * operands lie in it the caller says. Calls return a status; hs_gpu_text has the words. */
 #include <dlfcn.h>
 #include <inttypes.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -208,6 +211,67 @@ hs_status hs_gpu_value(void) {
     TRY(the.table->record(the.device, HS_STREAM_IN, LOADED, &the.why));
     TRY(l->write_value(the.device, HS_STREAM_OUT, the.arena, 77, &the.why));
     return the.table->wait(the.device, LOADED, &the.why);
+}
+
+/* Another thread asks for an event and waits for it, again and again. */
+typedef struct asking {
+    _Atomic uint32_t times;
+    atomic_bool over;
+    _Atomic hs_status status;
+    hs_why why;
+} asking;
+
+static void *ask(void *ctx) {
+    asking *const a = ctx;
+    bool done;
+    while (a->status == HS_OK && !atomic_load(&a->over)) {
+        a->status = the.table->query(the.device, TAKEN, &done, &a->why);
+        if (a->status == HS_OK) a->status = the.table->wait(the.device, TAKEN, &a->why);
+        atomic_fetch_add(&a->times, 1);
+    }
+    return NULL;
+}
+
+static hs_status zero(size_t at) {
+    const hs_zero_args a = {.dst = the.arena + at, .bytes = 4096, .dtype = HS_F32};
+    const hs_args args = hs_zero_args_to(&a);
+    return the.table->launch(the.device, HS_STREAM_COMPUTE, HS_K_ZERO, &args, 1, &the.why);
+}
+
+/* Until the other thread has asked this often, or has failed. */
+static void until(asking *a, uint32_t times) {
+    while (atomic_load(&a->times) < times && a->status == HS_OK) (void)sched_yield();
+}
+
+static hs_status capture_beside(asking *a) {
+    hs_graph *graph;
+    TRY(the.table->capture(the.device, HS_STREAM_COMPUTE, &the.why));
+    TRY(zero(0));
+    until(a, atomic_load(&a->times) + 2); /* one of them begins and ends inside */
+    TRY(zero(4096));
+    TRY(the.table->captured(the.device, HS_STREAM_COMPUTE, &graph, &the.why));
+    TRY(the.table->replay(the.device, HS_STREAM_COMPUTE, graph, &the.why));
+    TRY(the.table->record(the.device, HS_STREAM_COMPUTE, COMPUTED, &the.why));
+    return the.table->wait(the.device, COMPUTED, &the.why);
+}
+
+/* A thread that waits for a snapshot while this one makes a graph. */
+hs_status hs_gpu_beside(void) {
+    asking a = {.status = HS_OK};
+    pthread_t thread;
+    TRY(zero(0)); /* loaded outside of a capture */
+    TRY(the.table->copy(the.device, HS_STREAM_SAVE, the.window, the.arena, the.window_bytes,
+                        HS_COPY_FROM_DEVICE, &the.why));
+    TRY(the.table->record(the.device, HS_STREAM_SAVE, TAKEN, &the.why));
+    if (pthread_create(&thread, NULL, ask, &a) != 0)
+        return hs_fail(&the.why, HS_E_MEMORY, "no thread");
+    until(&a, 1);
+    const hs_status st = capture_beside(&a);
+    atomic_store(&a.over, true);
+    (void)pthread_join(thread, NULL);
+    if (a.status != HS_OK)
+        return hs_fail(&the.why, a.status, "the thread beside a capture: %s", a.why.text);
+    return st;
 }
 
 static double now(void) {

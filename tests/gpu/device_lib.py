@@ -107,6 +107,10 @@ class DeviceLib:
         self._done(self.c.hs_gpu_reach(handle, ctypes.byref(word)), "reaching")
         return word.value
 
+    def beside(self) -> None:
+        """A thread waits for the device while another one makes a graph."""
+        self._done(self.c.hs_gpu_beside(), "a wait beside a capture")
+
     def value(self) -> None:
         """A stream waits for a value that another one writes."""
         self._done(self.c.hs_gpu_value(), "a value")

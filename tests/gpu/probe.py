@@ -81,6 +81,13 @@ def graphs() -> Told:
     return {"good": True, "answer": f"graphs run; a kernel after another takes {seconds * 1e6:.2f} us"}
 
 
+def threads() -> Told:
+    """Whether a thread may wait for a snapshot while another one makes a graph, as a run's second step does."""
+    with opened() as lib:
+        lib.beside()
+    return {"good": True, "answer": "a thread waits for the device while another one makes a graph"}
+
+
 def products() -> Told:
     """What cuBLASLt has no algorithm of one sum for, of odd shapes and of FP8: a plain kernel computes it."""
     count = 0
@@ -128,6 +135,7 @@ def sharing() -> Told:
 QUESTIONS: dict[str, Callable[[], Told]] = {
     "opening": opening,
     "graphs": graphs,
+    "threads": threads,
     "products": products,
     "pinning": pinning,
     "rounding": rounding,
