@@ -14,6 +14,7 @@ import os
 import selectors
 import socket
 import struct
+import threading
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ class Link:
         finally:
             os.umask(mask)
         self._listener.listen(64)
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake: int | None = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waking = threading.RLock()  # of _wake; a signal's handler may come upon its own thread in it
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._wake, selectors.EVENT_READ, None)
@@ -90,8 +92,10 @@ class Link:
         self.peers: list[Peer] = []
 
     def wake(self) -> None:
-        """From any thread: make a `poll` in progress return."""
-        os.eventfd_write(self._wake, 1)
+        """From any thread, also of one that has not heard of `close`: make a `poll` in progress return."""
+        with self._waking:
+            if self._wake is not None:
+                os.eventfd_write(self._wake, 1)
 
     def poll(self, timeout: float) -> list[Arrival]:
         """Wait at most ``timeout`` seconds; everything that came, in each peer's order, and what a rank said before the
@@ -102,7 +106,7 @@ class Link:
             if key.fileobj is self._listener:
                 self._accept()
             elif key.fd == self._wake:
-                os.eventfd_read(self._wake)
+                os.eventfd_read(key.fd)
             else:
                 peer: Peer = key.data
                 if mask & selectors.EVENT_WRITE:
@@ -159,7 +163,10 @@ class Link:
         self._selector.close()
         self._listener.close()
         self.path.unlink(missing_ok=True)
-        os.close(self._wake)
+        with self._waking:
+            if self._wake is not None:
+                os.close(self._wake)
+            self._wake = None
 
     def _accept(self) -> None:
         while True:

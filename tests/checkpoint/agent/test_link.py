@@ -46,3 +46,11 @@ def test_an_end_is_heard_after_all_that_the_rank_had_said(link: Link, tmp_path: 
     assert [heard.count(name) for name in ("METRICS", "WORDS", "gone")] == [150, 2, 2]
     for peer in (supervisor, late):
         peer.close()
+
+
+def test_who_wakes_a_link_that_is_closed_wakes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look at the log that comes back while the agent leaves: it left with 70, as of a bug in that thread."""
+    monkeypatch.chdir(tmp_path)
+    link = Link(Path("agent.sock"))
+    link.close()
+    link.wake()
