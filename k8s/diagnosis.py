@@ -46,8 +46,10 @@ _NEVER_STARTS = {
     "CreateContainerConfigError": "create what the message names (a Secret: launch.store_secret), then resume the run",
 }
 _NO_IMAGE = re.compile(
-    r"not found|manifest unknown|no such|does not exist|unauthorized|authentication required|denied|forbidden", re.I
+    r"not found|manifest unknown|no such (?!host)|does not exist|unauthorized|authentication required|denied|forbidden",
+    re.I,
 )
+"""A registry whose name is not known now (``no such host``) may be again: name servers have outages."""
 _SHORT = {
     "Insufficient cpu": "lower launch.resources.cpu, or add machines",
     "Insufficient memory": "lower the plan's memory (more stages, smaller microbatches), or add bigger machines",
@@ -249,10 +251,11 @@ def _never_starts(container: ContainerView) -> tuple[str, str] | None:
     if container.reason in _NEVER_STARTS:
         return f"{container.reason}: {container.message}", _NEVER_STARTS[container.reason]
     if container.reason in ("ErrImagePull", "ImagePullBackOff") and _NO_IMAGE.search(container.message):
-        return (
-            f"{container.reason}: {container.message}",
-            "correct launch.image or launch.agent_image, or add imagePullSecrets (launch.pod_patch)",
-        )
+        mend = "correct launch.image or launch.agent_image, or add imagePullSecrets (launch.pod_patch)"
+        if "no match for platform" in container.message:
+            mend = "the image is not made for that machine's processors: take one of theirs, or other machines "
+            mend += '(launch.node_selector."kubernetes.io/arch")'
+        return f"{container.reason}: {container.message}", mend
     return None
 
 

@@ -366,11 +366,16 @@ def _store(api: Reader, wanted: RunNeeds) -> list[Check]:
 def _queue(api: Reader, wanted: RunNeeds) -> list[Check]:
     if not wanted.queue:
         return []
-    path = f"/apis/kueue.x-k8s.io/v1beta1/namespaces/{wanted.namespace}/localqueues/{wanted.queue}"
+    group = "/apis/kueue.x-k8s.io"
     try:
-        api.get(path, read_s=READ_S)
+        serves = (api.get(group, read_s=READ_S).get("preferredVersion") or {}).get("version", "v1beta2")
     except Missing:
-        mend = "install Kueue and make that LocalQueue, or unset launch.queue: the Job stays suspended without it"
+        mend = "install Kueue, or unset launch.queue: the Job stays suspended without it"
+        return [Check("queue", "bad", "the cluster has no Kueue", mend)]
+    try:
+        api.get(f"{group}/{serves}/namespaces/{wanted.namespace}/localqueues/{wanted.queue}", read_s=READ_S)
+    except Missing:
+        mend = "make that LocalQueue, or unset launch.queue: the Job stays suspended without it"
         return [Check("queue", "bad", f"there is no LocalQueue {wanted.queue} in {wanted.namespace}", mend)]
     return [Check("queue", "ok", f"LocalQueue {wanted.queue}")]
 

@@ -94,7 +94,8 @@ def translate(status: int, body: bytes, what: str, retry_after: str | None = Non
     if status == 410:
         return Expired(text)
     if status == 429 or status >= 500:
-        return ApiUnavailable(text, _seconds(retry_after))
+        mend = refused.mend if status == 500 and (refused := refusal(said)) is not None else ""
+        return ApiUnavailable(f"{text}; {mend}" if mend else text, _seconds(retry_after))
     if 400 <= status < 500:
         return Invalid(text)
     if 300 <= status < 400:

@@ -51,6 +51,12 @@ _RANGE = re.compile(
 )
 _ABOVE_LIMIT = re.compile(r"must be less than or equal to (\S+) limit(?: of (\S+))?")
 
+_NAMED = re.compile(r"no (PriorityClass) with name \S+ was found|(RuntimeClass) \S+ not found")
+_NAMES = {"PriorityClass": "launch.priority_class", "RuntimeClass": "launch.runtime_class"}
+_SOON = re.compile(r"not yet ready to handle request|status unknown for quota")
+_ADMISSION = re.compile(r'admission webhook|is invalid|denied (the )?request|is forbidden: (?!(?i:user) ")')
+"""What is forbidden to a user is a question of rights; all else that is forbidden is refused whoever asks."""
+
 
 def refusal(message: str) -> Refusal | None:
     """What the sentence of a 403, 422 or a FailedCreate event stands for; None where it is about something else."""
@@ -75,7 +81,23 @@ def refusal(message: str) -> Refusal | None:
         return Refusal("security", mend + "a namespace of a lower Pod Security level")
     if "serviceaccount" in message.lower() and "not found" in message:
         return Refusal("account", "create that ServiceAccount, or correct launch.service_account")
-    if "admission webhook" in message or "is invalid" in message or "denied the request" in message:
+    if "failed calling webhook" in message or "failed to call webhook" in message:
+        mend = "a webhook of the cluster does not answer: tell whoever runs it; it goes on by itself then"
+        return Refusal("admission", mend, waits=True)
+    if _SOON.search(message):
+        return Refusal(
+            "admission", "the API server has just begun to look at the namespace: it is asked again", waits=True
+        )
+    if match := _NAMED.search(message):
+        kind = next(kind for kind in match.groups() if kind)
+        return Refusal("admission", f"create that {kind}, or correct {_NAMES[kind]}")
+    if "is being terminated" in message:
+        mend = "the namespace is being deleted: take another one (launch.namespace), or create it anew once it is gone"
+        return Refusal("admission", mend)
+    if "security context constraint" in message:
+        mend = "let the cluster choose the users: launch.pod_patch.securityContext with runAsUser, runAsGroup and "
+        return Refusal("security", mend + "fsGroup null; or ask for a constraint such as nonroot-v2")
+    if _ADMISSION.search(message):
         mend = "the cluster's admission refuses the pod: the message says what to change (launch.pod_patch)"
         return Refusal("admission", mend)
     return None

@@ -241,6 +241,9 @@ class _Handler(BaseHTTPRequestHandler):
         if document is not None:
             self._answer(200, document)
             return
+        if collection.startswith("/apis/") and collection.count("/") == 2:  # a group of the API that nobody serves
+            self._fail(404, "the server could not find the requested resource")
+            return
         if query.get("watch"):
             self._watch(collection, query)
             return

@@ -44,9 +44,9 @@ WAITS: dict[str, tuple[PodView | None, list[EventView], str]] = {
     "affinity": (unscheduled("didn't match Pod's node affinity/selector"), [], "two strikes"),
     "gate": (unscheduled("", "SchedulingGated"), [], "scheduling gate"),
     "pulling": (
-        pod(1, ContainerView("waiting", "ErrImagePull", "connection reset by peer"), phase="Pending"),
+        pod(1, ContainerView("waiting", "ErrImagePull", "lookup reg.example: no such host"), phase="Pending"),
         [],
-        "pulls the image of its engine: connection reset",
+        "pulls the image of its engine: lookup reg.example: no such host",
     ),
     "agent comes again": (
         pod(1, ContainerView(), ContainerView("waiting", "CrashLoopBackOff", last_code=75, last_message="a\nno route")),
@@ -91,6 +91,12 @@ LOSSES: dict[str, tuple[PodView, str, str, str]] = {
     "image unknown to its registry": (
         pod(1, ContainerView("waiting", "ImagePullBackOff", "manifest unknown"), phase="Pending"),
         *("config", "manifest unknown", "launch.image"),
+    ),
+    "image of other processors": (
+        pod(
+            1, ContainerView("waiting", "ErrImagePull", "no match for platform in manifest: not found"), phase="Pending"
+        ),
+        *("config", "no match for platform", "is not made for that machine's processors"),
     ),
     "agent's image": (
         pod(1, ContainerView(), ContainerView("waiting", "InvalidImageName", "bad")),

@@ -190,8 +190,14 @@ def test_the_store_and_its_secret(server: ApiServer) -> None:
 
 
 def test_a_queue_that_is_not_there(server: ApiServer) -> None:
+    """Whatever version of its API Kueue serves: v1beta1 is no more since 2026."""
     (check,) = examined(server, queue="team")["queue"]
-    assert "LocalQueue" in check.text
+    assert (check.verdict, check.text) == ("bad", "the cluster has no Kueue")
+    server.documents["/apis/kueue.x-k8s.io"] = {"preferredVersion": {"version": "v1beta2"}}
+    (check,) = examined(server, queue="team")["queue"]
+    assert (check.verdict, check.text) == ("bad", "there is no LocalQueue team in train")
+    server.put("/apis/kueue.x-k8s.io/v1beta2/namespaces/train/localqueues", {"metadata": {"name": "team"}})
+    assert [c.verdict for c in examined(server, queue="team")["queue"]] == ["ok"]
 
 
 def test_nobody_there(server: ApiServer) -> None:

@@ -343,3 +343,11 @@ def test_a_fabric_that_is_not_run_is_refused_before_anything_is_made(
     ):
         launcher.ensure(launch_named(fabric="efa"))
     assert server.count("PATCH", "write", "jobs") == 0
+
+
+def test_a_namespace_that_is_not_there_is_refused_with_its_command(
+    server: ApiServer, launcher: KubernetesLauncher
+) -> None:
+    server.storms["write"] = (404, 'namespaces "train" not found')
+    with pytest.raises(Invalid, match=r"create it \(kubectl create namespace train\), or correct launch\.namespace"):
+        launcher.ensure(LAUNCH_OF)

@@ -279,6 +279,22 @@ def test_a_plain_key_is_a_request_and_a_named_side_is_that_side() -> None:
             "to cpu limit of 1",
             "range", False, 'set launch.resources."limits.cpu" and launch.agent_resources."limits.cpu"',
         ),
+        ('pods "x" is forbidden: no PriorityClass with name high was found', "admission", False,
+         "create that PriorityClass, or correct launch.priority_class"),
+        ('pods "x" is forbidden: pod rejected: RuntimeClass "nvidia" not found', "admission", False,
+         "create that RuntimeClass, or correct launch.runtime_class"),
+        ('pods "x" is forbidden: unable to validate against any security context constraint: [provider "anyuid": '
+         "Forbidden: not usable by user or serviceaccount]", "security", False, "runAsGroup and fsGroup null"),
+        ('pods "x" is forbidden: status unknown for quota: q, resources: pods', "admission", True, "it is asked again"),
+        ('pods "x" is forbidden: unable to create new content in namespace a because it is being terminated',
+         "admission", False, "the namespace is being deleted: take another one (launch.namespace)"),
+        ("pods \"x\" is forbidden: ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no latest tag",
+         "admission", False, "the message says what to change"),
+        ('pods "x" is forbidden: pod node label selector conflicts with its namespace node label selector',
+         "admission", False, "the message says what to change"),
+        ('Internal error occurred: failed calling webhook "validate.kyverno.svc-fail": failed to call webhook: Post '
+         '"https://kyverno-svc.kyverno.svc:443/validate/fail?timeout=10s": no endpoints available', "admission", True,
+         "a webhook of the cluster does not answer: tell whoever runs it"),
         ('pods "x" is forbidden: insufficient quota to match these scopes: [{PriorityClass In [high]}]', "unset", False,
          "ask for one"),
     ],
@@ -292,6 +308,7 @@ def test_the_servers_words_are_read_once(message: str, kind: str, waits: bool, m
 
 def test_other_words_are_none_of_them() -> None:
     assert refusal('pods is forbidden: User "u" cannot create resource "pods"') is None
+    assert refusal('pods "x" is forbidden: user "u" cannot create pods: RBAC: clusterrole "y" not found') is None
     assert refusal("") is None
 
 
