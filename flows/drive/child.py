@@ -22,6 +22,8 @@ from typing import IO
 from trainer.priority import set_session_nice
 
 ROOT = Path(__file__).resolve().parents[2]
+GRACE_S = 10.0
+"""From the time that one is asked to leave until it is killed: it may have to end what it started in other sessions."""
 
 
 @dataclass
@@ -31,7 +33,8 @@ class ChildProcess:
     process: subprocess.Popen[bytes]
     output: IO[bytes]
     until: float = float("inf")
-    """Of the monotonic clock: one that has not ended by then is killed."""
+    """Of the monotonic clock: one that has not ended by then is asked to, and killed `GRACE_S` later."""
+    _asked: bool = False
 
     @classmethod
     def begin(cls, command: Sequence[str], *, most_s: float = float("inf"), low: bool = True) -> ChildProcess:
@@ -53,7 +56,11 @@ class ChildProcess:
 
     def ended(self) -> int | None:
         """Its code; None while it works."""
-        if time.monotonic() > self.until:
+        late = time.monotonic() - self.until
+        if late > 0 and not self._asked:
+            self._asked = True
+            self._ask()
+        if late > GRACE_S:
             self.kill()
         return self.process.poll()
 
@@ -66,10 +73,13 @@ class ChildProcess:
 
     def end(self) -> None:
         """Ask it to leave; nothing is waited for."""
+        self._ask()
+        self._close()
+
+    def _ask(self) -> None:
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.send_signal(signal.SIGTERM)
-        self._close()
 
     def kill(self) -> None:
         """It and whatever it started in its session's group."""
