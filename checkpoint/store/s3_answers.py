@@ -50,6 +50,7 @@ FOREIGN = (
     http.client.HTTPException,
     OSError,
     ValueError,
+    RuntimeError,  # credentials that were fetched anew and are still past their end
 )
 """What a call of the SDK can raise for a reason outside this program."""
 
@@ -113,12 +114,19 @@ _FULL = re.compile(r"quota|StorageFull|InsufficientStorage|storage cap exceeded"
 """In the code or the words of a store that takes no more: 400, 403, 409 and 507 say it, each maker in its own way."""
 _HEADER = re.compile(r"(unsupported|not supported|not implemented).*header|header .*not (supported|implemented)", re.I)
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
+_OF_PROXIES = 520
+"""From here on a proxy on the way tells, in numbers of its own, that the server does not answer it."""
 _RIGHTS = "this identity has no right to do it; what the agent, the driver and the collector need is in docs/policies"
 _REGION = "the bucket is in another region: add ?region=… to the address"
+_SIZE = "the server, or a proxy before it, takes no objects of that size: hotstage writes such of up to 64 MiB (nginx: "
+_SIZE += "client_max_body_size)"
 _OTHER = "check the address, the rights and what the server supports"
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",
     "AccessDenied": _RIGHTS,
+    "400": "what answers did not understand the request: is the endpoint to begin with https://, and is it one of S3?",
+    "413": _SIZE,
+    "EntityTooLarge": _SIZE,
     "403": f"check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; {_RIGHTS}",
     "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and the endpoint",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
@@ -203,10 +211,10 @@ def _word(error: BaseException) -> str:
 def _translated(error: BaseException, what: str, store: str, key: str) -> StoreError | Damaged:
     if isinstance(error, botocore.exceptions.ClientError):
         answer = error.response
-        code = str(answer.get("Error", {}).get("Code", "?"))
         text = str(answer.get("Error", {}).get("Message", ""))[:300]
         meta = answer.get("ResponseMetadata", {})
         status = int(meta.get("HTTPStatusCode", 0) or 0)
+        code = str(answer.get("Error", {}).get("Code", "?")) or str(status)  # a page of HTML has none
         request = str(meta.get("RequestId", "") or "none")
         said = f"{what}: {store} answered {status} {code} ({text}; request {request})"
         if error.operation_name in _ROLES and code not in _RETRY_CODES and status not in _RETRY_STATUS:
@@ -234,7 +242,7 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
                 f"{said}: the store is full or over its quota; nothing that was there is lost: free space, or raise "
                 "the quota, and it goes on"
             )
-        if code in _RETRY_CODES or (status in _RETRY_STATUS and code not in _MEND):
+        if code in _RETRY_CODES or ((status in _RETRY_STATUS or status >= _OF_PROXIES) and code not in _MEND):
             return StoreUnavailable(said)
         mend = _MEND["NotImplemented"] if _HEADER.search(text) else _MEND.get(code, _OTHER)
         return StoreRefused(f"{said}: {mend}")
@@ -258,6 +266,8 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
     if (login := next((login for kind, login in _LOGINS.items() if isinstance(error, kind)), "")) != "":
         profile = f" --profile {name}" if (name := os.environ.get("AWS_PROFILE")) else ""
         return CredentialsRefused(f"{said}; the profile's login has ended, or there was none: {login}{profile}")
+    if isinstance(error, RuntimeError) and "expired" in str(error):
+        return CredentialsExpired(said)
     if isinstance(error, CREDENTIALS):
         return CredentialsRefused(
             f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role "

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import botocore.config
+import botocore.exceptions
 
 from checkpoint.errors import StoreError, StoreRefused
 from checkpoint.store import s3_settings
@@ -69,7 +70,7 @@ class S3Session:
             client.meta.events.register_last("before-call.s3.PutObject", hand_over)
             return client, made
         except FOREIGN as error:
-            if isinstance(error, CREDENTIALS):
+            if isinstance(error, CREDENTIALS) or _unanswered(error):
                 raise translate(error, f"opening {self._url}", self._url) from error
             raise StoreRefused(
                 f"opening {self._url}: {error}{s3_settings.mend(error, self._options['region_name'])}"
@@ -124,6 +125,12 @@ class S3Session:
         if method:
             return f"they come from {method} (profile {profile!r}), which gave no newer ones: log in again or mend it"
         return "no others were found: set AWS_PROFILE, or give the pod a role"
+
+
+def _unanswered(error: BaseException) -> bool:
+    """Whether who gives a pod or a machine its credentials did not, as while both are just starting."""
+    metadata = botocore.exceptions.MetadataRetrievalError
+    return isinstance(error, metadata) or isinstance(error.__context__, metadata)
 
 
 def _frozen(session: Any) -> tuple[Any, ...]:

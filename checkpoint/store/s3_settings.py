@@ -22,6 +22,8 @@ _FILES = "the profiles are in AWS_CONFIG_FILE (~/.aws/config) and AWS_SHARED_CRE
 def session() -> boto3.session.Session:
     """A session with the credentials of now. ``AWS_REGION`` counts: every SDK but boto3 knows it, and pods are given
     it."""
+    if (named := os.environ.get("AWS_PROFILE")) is not None and not named.strip():
+        raise CredentialsRefused("AWS_PROFILE is set and empty: name a profile, or unset it")
     made = _asking_nobody(boto3.session.Session())
     region = made.region_name or os.environ.get("AWS_REGION")
     if made.region_name == "" and not region:
@@ -66,6 +68,11 @@ def unless_configured(made: boto3.session.Session, path_style: bool | None) -> d
         for name in ("request_checksum_calculation", "response_checksum_validation")
         if not os.environ.get(f"AWS_{name.upper()}") and name not in profile
     }
+    if not isinstance(profile.get("s3") or {}, dict):
+        raise StoreRefused(
+            f"the profile's s3 is {str(profile['s3'])[:40]!r}, and it is a table: write `s3 =` and below it, indented, "
+            f"for example `addressing_style = path`; {_FILES}"
+        )
     if path_style is not None:
         found["s3"] = {"addressing_style": "path" if path_style else "virtual"}
     return found

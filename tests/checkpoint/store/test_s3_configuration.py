@@ -117,6 +117,40 @@ def test_a_login_that_has_ended_is_told_with_its_command(
     assert peer.requests == []
 
 
+def test_an_empty_profile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "")
+    with pytest.raises(CredentialsRefused, match="AWS_PROFILE is set and empty: name a profile, or unset it"):
+        open_store("s3://bucket/p?region=us-east-1")
+
+
+def test_a_table_of_the_profile_that_is_none(home: Path, keys: None) -> None:
+    (home / "config").write_text("[default]\nregion = us-east-1\ns3 = path\n")
+    with pytest.raises(StoreRefused, match="the profile's s3 is 'path', and it is a table"):
+        open_s3("s3://bucket/p", AT_ONCE)
+
+
+def test_credentials_that_are_past_their_end_when_they_come(peer: HostileS3, home: Path) -> None:
+    """A program that gives what it has kept: it will have newer ones once its person has logged in."""
+    (home / "said").write_text(
+        '{"Version": 1, "AccessKeyId": "k", "SecretAccessKey": "geheim", "Expiration": "2020-01-01T00:00:00Z"}'
+    )
+    (home / "config").write_text(f"[default]\nregion = us-east-1\ncredential_process = cat {home / 'said'}\n")
+    store = open_s3(f"s3://bucket/p?endpoint=http://127.0.0.1:{peer.port}", AT_ONCE)
+    with pytest.raises(CredentialsExpired, match=r"still expired.*credential_process of profile 'default'"):
+        store.get(KEY)
+    assert peer.requests == []
+
+
+def test_who_gives_a_pod_its_credentials_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """EKS Pod Identity's agent may start after the pod."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        there = f"http://127.0.0.1:{taken.getsockname()[1]}/v1/credentials"
+    monkeypatch.setattr("botocore.utils.ContainerMetadataFetcher.SLEEP_TIME", 0)
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", there)
+    with pytest.raises(StoreUnavailable, match="container-role"):
+        open_s3("s3://bucket/p?region=us-east-1", AT_ONCE).get(KEY)
+
+
 def test_a_profile_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(CredentialsRefused, match="nobody"):

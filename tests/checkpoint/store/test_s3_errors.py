@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import inspect
 import io
+import re
 
 import boto3.exceptions
 import botocore.exceptions
@@ -101,6 +102,9 @@ def test_what_the_sdk_raises_inside_a_call_comes_out_as_ours(peer: HostileS3) ->
         (501, "NotImplemented", StoreRefused),
         (502, "502", StoreUnavailable),
         (503, "SlowDown", StoreUnavailable),
+        (520, "520", StoreUnavailable),
+        (413, "413", StoreRefused),
+        (400, "400", StoreRefused),
         (507, "InsufficientStorage", StoreUnavailable),
         (301, "PermanentRedirect", StoreRefused),
         (400, "InvalidArgument", StoreRefused),
@@ -141,3 +145,15 @@ def test_a_header_that_a_server_does_not_take_is_what_it_lacks() -> None:
     error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")
     assert isinstance(error, StoreRefused)
     assert "lacks what hotstage needs (conditional writes, with a SHA-256): use another one" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(413, "of up to 64 MiB .nginx: client_max_body_size"), (400, "is the endpoint to begin with https://"),
+     (403, "check AWS_ACCESS_KEY_ID")],
+)  # fmt: skip
+def test_a_page_of_html_is_known_by_its_status(status: int, says: str) -> None:
+    answer = {"Error": {"Code": "", "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")  # type: ignore[arg-type]
+    assert isinstance(error, StoreRefused)
+    assert re.search(says, str(error))
