@@ -35,6 +35,7 @@ _PEM = {"certificate-authority": "CERTIFICATE", "client-certificate": "CERTIFICA
 _BLOCKS = re.MULTILINE | re.DOTALL
 _FILES = {"cluster": ("certificate-authority",), "user": ("client-certificate", "client-key")}
 _AS = {"as": "Impersonate-User", "as-uid": "Impersonate-Uid", "as-groups": "Impersonate-Group"}
+_PROVIDERS = ("gcp", "oidc")
 SILENT_S = 5.0
 """So long a program that gives credentials may take until a word is said: it may wait for a browser."""
 
@@ -81,12 +82,14 @@ def load_cluster(given: str | None, context: str | None) -> Access:
             config.load_kube_config(  # type: ignore[no-untyped-call]
                 config_file=file, context=chosen.name, client_configuration=configuration
             )
-    except (config.ConfigException, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # what gives a user's credentials may fail in any way
         raise LaunchRefused(f"{chosen}: {' '.join(str(error).split())[:300]}; {_ANEW}") from error
-    if chosen.program and not configuration.api_key and not configuration.cert_file:
+    if chosen.giver and not configuration.api_key and not configuration.cert_file:
+        words = (
+            "" if any("NoneType" in text for text in said) else ": " + " ".join(said)[:300]
+        )  # they are on the terminal
         raise Unauthenticated(
-            f"{chosen}: the program {chosen.program!r} gave no credentials: {' '.join(said)[:300]}; log in again, or "
-            "mend what it says"
+            f"{chosen}: {chosen.giver} gave no credentials{words.rstrip(': ')}; log in again, or mend what it says"
         )
     for text in said:
         log.warning("%s: %s", chosen, text)
@@ -114,6 +117,13 @@ class Context:
         said = self.user.get("exec")
         return str(said.get("command") or "") if isinstance(said, Mapping) else ""
 
+    @property
+    def giver(self) -> str:
+        """Who gives the credentials, for people; empty where they stand in the file."""
+        provider = self.user.get("auth-provider")
+        named = f"the auth-provider {provider.get('name')!r}" if isinstance(provider, Mapping) else ""
+        return f"the program {self.program!r}" if self.program else named
+
 
 def choose_context(file: str, trees: Sequence[tuple[str, Json]], wanted: str | None) -> Context:
     """The context to use, of files in kubectl's order. LaunchRefused where there is none of that name, or where it
@@ -129,6 +139,10 @@ def choose_context(file: str, trees: Sequence[tuple[str, Json]], wanted: str | N
     found: dict[str, tuple[str, Json]] = {"user": ("", {})}
     for key, rows in (("cluster", clusters), ("user", users)):
         named = own.get(key)
+        if named is not None and not isinstance(named, str):
+            raise LaunchRefused(
+                f"kubeconfig {file}, context {name!r}: its {key} {named!r} is no text; write names in quotes"
+            )
         if named in rows:
             found[key] = rows[named][0], rows[named][1].get(key) or {}
         elif named or key == "cluster":
@@ -200,6 +214,14 @@ def _check_files(chosen: Context) -> None:
         _check_file(chosen, "user", chosen.user, "tokenFile")
     if chosen.program:
         _check_program(chosen)
+    elif chosen.user.get("exec"):
+        raise LaunchRefused(f"{chosen}: its exec is no table with a command; correct it, or {_ANEW}")
+    provider = chosen.user.get("auth-provider")
+    if provider and not (isinstance(provider, Mapping) and provider.get("name") in _PROVIDERS):
+        raise LaunchRefused(
+            f"{chosen}: its auth-provider is none of {', '.join(_PROVIDERS)}, and Kubernetes has ended the others: "
+            "take a kubeconfig with exec (for Azure: kubelogin convert-kubeconfig)"
+        )
 
 
 def _check_file(chosen: Context, side: str, tree: Json, key: str) -> None:
@@ -271,10 +293,10 @@ def _as_whom(user: Json) -> tuple[tuple[str, str], ...]:
 @contextmanager
 def _waited_for(chosen: Context) -> Iterator[None]:
     """A word where the program that gives the credentials takes its time."""
-    text = "%s: still waiting for the program %r, which gives the credentials: does it wait for a login?"
-    timer = threading.Timer(SILENT_S, log.warning, (text, chosen, chosen.program))
+    text = "%s: still waiting for %s, which gives the credentials: does it wait for a login?"
+    timer = threading.Timer(SILENT_S, log.warning, (text, chosen, chosen.giver))
     timer.daemon = True
-    if chosen.program:
+    if chosen.giver:
         timer.start()
     try:
         yield

@@ -80,6 +80,16 @@ def program(line: str) -> dict[str, Any]:
         (config({"client-certificate": "/no/c.crt", "client-key": "/no/c.key"}), "the file /no/c.crt, which is not"),
         (config({"tokenFile": "/no/token"}), "tokenFile is the file /no/token, which is not there; bring it there"),
         (config({"client-key": ""}), "client-key is there and empty; take that line out, or fetch the kubeconfig anew"),
+        (config({"exec": "aws eks get-token"}), "its exec is no table with a command; correct it, or"),
+        (config({"auth-provider": {"name": "azure"}}), "none of gcp, oidc, .* take a kubeconfig with exec .*kubelogin"),
+        (
+            config({"auth-provider": {"name": "oidc", "config": {"id-token": "a.b"}}}),
+            "'oidc' gave no credentials; log in",
+        ),
+        (
+            config(contexts=[{"name": "x", "context": {"cluster": 1}}]),
+            "its cluster 1 is no text; write names in quotes",
+        ),
         (config({"exec": EXEC}), r"'no-such-program', and that is not in PATH; install it \(ask Ann\), or take"),
         (config({"exec": {**EXEC, "command": "./here"}}), "'./here', and that is not there; install it"),
     ],
