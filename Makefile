@@ -9,7 +9,7 @@ PACKAGES := $(shell find flows trainer checkpoint k8s -name __init__.py)
 ENGINE_SOURCES := $(shell find trainer/engine -name '*.[ch]' -o -name CMakeLists.txt) CMakeLists.txt
 
 # tests run in so many processes side by side: one more than there are cores, because many wait for what they started;
-# PYTEST="--durations=40 …": more of pytest's options
+# PYTEST="--durations=40 …": more of pytest's options ("-p tests.tools.processor_time": what each takes of the processors)
 JOBS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 # the engine that was installed is the one under test; nothing that the tests start outlives them
 RUN_TESTS = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
