@@ -103,6 +103,8 @@ def configured() -> Configured | None:
 
     None where none names one. Raises PrefectSettingsError where Prefect cannot read them.
     """
+    from pydantic import ValidationError
+
     try:
         from prefect.context import get_settings_context
         from prefect.settings import PREFECT_API_URL
@@ -111,9 +113,12 @@ def configured() -> Configured | None:
         url = context.settings.api.url
     except Exception as error:  # whatever Prefect raises over a file of its settings
         text = str(error).strip().splitlines()
+        why = f"{type(error).__name__}: {text[0] if text else ''}"
+        if isinstance(error, ValidationError):  # what was set is left out: it may be a key
+            wrong = [f for f in error.errors(include_input=False) if f["type"] != "default_factory_not_called"]
+            why = "; ".join(": ".join(filter(None, (".".join(map(str, f["loc"])), f["msg"]))) for f in wrong[:3]) or why
         raise PrefectSettingsError(
-            f"Prefect cannot read its settings ({type(error).__name__}: {text[0] if text else ''}); "
-            "see `prefect config view` and PREFECT_PROFILES_PATH"
+            f"Prefect cannot read its settings ({why}); see `prefect config view` and PREFECT_PROFILES_PATH"
         ) from error
     if not url:
         return None

@@ -70,7 +70,9 @@ class PrefectServer:
             **self.settings,
         }
         env.pop("PREFECT_API_URL", None)
-        args = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        # -P: what lies in the current folder is no module of Python's
+        args = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
+        args += ["--port", str(self.port)]
         if os.environ.get("HOTSTAGE_PREFECT_NO_SERVICES"):
             args.append("--no-services")
         if shutil.which("setpriv"):  # util-linux: nobody's server does not outlive a killed command

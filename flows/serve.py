@@ -203,7 +203,7 @@ class Server:
                 path = self.logs / f"{flow_run}.log"
                 out, where = stack.enter_context(open(path, "ab")), f"; its lines: {path}"
             self.children[flow_run] = subprocess.Popen(
-                self.command or [sys.executable, "-m", "prefect.flow_engine", self.entrypoint],
+                self.command or [sys.executable, "-P", "-m", "prefect.flow_engine", self.entrypoint],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

@@ -3,6 +3,16 @@ readable message and their own exit code here, and nowhere else."""
 
 from __future__ import annotations
 
-from flows.cli.main import main
+import sys
+
+from flows.cli.shadow import shadow
+
+try:
+    from flows.cli.main import main
+except Exception as error:
+    if (found := shadow(error)) is None:
+        raise
+    sys.stderr.write(f"hotstage: {found}\n")
+    raise SystemExit(78) from None
 
 __all__ = ["main"]

@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from flows.cli import terminal
+from flows.cli.shadow import shadow
 from flows.proxies import pass_loopback_by
 
 EXIT_CODES = """
@@ -220,7 +221,7 @@ DAMAGE_MEND = (
 
 
 def _lack(error: BaseException) -> str | None:
-    """What this machine, or this process's limits, did not give; None: it was something else."""
+    """What this machine, this process's limits or its paths did not give; None: it was something else."""
     if isinstance(error, MemoryError):
         return "this process gets no more memory: raise the limit (ulimit -v, that of the container), or free some"
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
@@ -228,7 +229,7 @@ def _lack(error: BaseException) -> str | None:
             "this process gets no more threads: raise the limit (ulimit -u, ulimit -v, the container's of processes), "
             "or end some"
         )
-    return None
+    return shadow(error)
 
 
 def exit_code_of(arguments: list[str] | None) -> int:

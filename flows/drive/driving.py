@@ -163,10 +163,13 @@ class Driving:
         self._at = now
         self._write(replace(self.told, n=n, api=api, flow_run=flow_run))
 
-    def leave(self, how: str) -> None:
-        """It drives no more; the first word stays. Nobody waits long for a store that does not answer."""
+    def leave(self, how: str, n: int | None = None) -> None:
+        """It drives no more, and knew so many records of the log (None: as many as it told); the first word stays.
+        Nobody waits long for a store that does not answer.
+        """
         if not self.told.left:
-            last = threading.Thread(target=self._write, args=[replace(self.told, left=how[:40])], daemon=True)
+            told = replace(self.told, left=how[:40], n=self.told.n if n is None else n)
+            last = threading.Thread(target=self._write, args=[told], daemon=True)
             last.start()
             last.join(LEAVE_S)
 

@@ -88,7 +88,7 @@ class Evaluating:
     elsewhere: bool = False
     """Its ranks run on other machines."""
     tell: Callable[[Mapping[str, Any]], None] = lambda _: None
-    command: Sequence[str] = (sys.executable, "-m", "flows.cli", "evaluate")
+    command: Sequence[str] = (sys.executable, "-P", "-m", "flows.cli", "evaluate")
     cpus: int = field(default_factory=usable_cpus)
     _lanes: tuple[_Lane, ...] = ()
     _low: bool = True

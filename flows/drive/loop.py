@@ -130,6 +130,8 @@ class Driver:
     # time that was watched, and the clock's last reading
     _watched_s: float = 0.0
     _read_at: float | None = None
+    # the log's newest record when another terminal had the gang stopped
+    _asked_at: int | None = None
     # readers, and the view of a state that was made last
     _status: StatusReader | None = None
     _view: tuple[RunState, LogView] | None = None
@@ -263,6 +265,7 @@ class Driver:
         other = self.driving.stopped_beside(newest.time)
         if other is not None:
             self._teller.phase("stopping", f"the run was stopped from another terminal ({other.describe()})")
+            self._asked_at = other.n
             self.stop.set()
 
     def _runs_here(self, attempt: AttemptInfo) -> bool:
@@ -399,14 +402,15 @@ class Driver:
         """Have the gang save one agreed step and leave; the run can be resumed. Detached, it trains on."""
         newest = state.newest_attempt
         if self.driving is not None:  # a person's word, before anything follows from it
-            self.driving.leave("detached" if detach else STOPPED)
+            self.driving.leave("detached" if detach else STOPPED, state.n)
         if detach:
             self._teller.phase("detached", DETACHED.format(run=self.prepared.run))
             return self._teller.outcome(state, "stopped", left_running=True)
         self._teller.phase("stopping", "saving one agreed step, then leaving")
         if newest is not None:
             self.launcher.stop(newest.launch, self.prepared.spec.checkpoint.commit_s)
-        asked_at, now, unsure = state.n, threading.Event(), ""
+        asked_at = state.n if self._asked_at is None else self._asked_at
+        now, unsure = threading.Event(), ""
         now.set()
         last = Aside()
         try:

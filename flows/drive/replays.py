@@ -122,7 +122,7 @@ class Replays:
     out: Path
     elsewhere: bool
     tell: Callable[[str, Mapping[str, Any]], None] = lambda *_: None
-    command: Sequence[str] = (sys.executable, "-m", "flows.cli", "replay")
+    command: Sequence[str] = (sys.executable, "-P", "-m", "flows.cli", "replay")
     cpus: int = field(default_factory=usable_cpus)
     _kept: Kept | None = None
     _child: _Child | None = None

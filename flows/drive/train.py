@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog, ended_body
@@ -37,7 +38,7 @@ from flows.tracking.tracker import Trackers
 from trainer.folders import data_folder
 from trainer.launch import Launch, Launcher, Watching
 from trainer.local_launch import LocalLauncher
-from trainer.spec import RunSpec, how_map, load_spec
+from trainer.spec import RunSpec, how_map, load_spec, parse_spec
 
 OUT = Path("out")
 
@@ -194,36 +195,52 @@ def cancel(store: Store, run: str, reason: str = "cancelled by the user") -> boo
 
 
 def train(
-    spec: RunSpec | str | Path,
+    spec: RunSpec | Mapping[str, Any] | str | Path,
     *,
-    store: str | Store | None = None,
-    sets: Sequence[str] = (),
+    store: str | Path | Store | None = None,
+    sets: str | Sequence[str] = (),
     sink: Sink | None = None,
-    out: Path = OUT,
+    out: str | Path = OUT,
     say: Callable[[str], None] = lambda _: None,
 ) -> Run:
-    """Start (or attach to) the run of a spec and drive it in a thread. A spec may be a file's name.
+    """Start (or attach to) the run of a spec and drive it in a thread. A spec may be a file's name, or what such a file
+    holds; ``sets`` are overrides as those of ``--set``.
 
     Raises SpecError, PlanError, DatasetError or StoreRefused before anything is launched.
     """
-    the_store = store_at(store) if store is None or isinstance(store, str) else store
-    run_spec = spec if isinstance(spec, RunSpec) else load_spec(spec, sets)
+    the_store = _opened(store)
+    run_spec = _spec_of(spec, _several(sets))
     prepared = place_order(the_store, prepare_run(run_spec, the_store, say=say), Asked("flows.train"))
-    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()
+    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=Path(out))).start()
+
+
+def _opened(store: str | Path | Store | None) -> Store:
+    return store_at(None if store is None else str(store)) if store is None or isinstance(store, str | Path) else store
+
+
+def _several(sets: str | Sequence[str]) -> Sequence[str]:
+    """One override may stand alone."""
+    return [sets] if isinstance(sets, str) else sets
+
+
+def _spec_of(spec: RunSpec | Mapping[str, Any] | str | Path, sets: Sequence[str]) -> RunSpec:
+    if isinstance(spec, RunSpec):
+        return parse_spec(spec.model_dump(exclude_unset=True), sets) if sets else spec
+    return parse_spec(spec, sets) if isinstance(spec, Mapping) else load_spec(spec, sets)
 
 
 def resume(
     run: str,
     *,
-    store: str | None = None,
-    sets: Sequence[str] = (),
+    store: str | Path | Store | None = None,
+    sets: str | Sequence[str] = (),
     wish: Wish | None = None,
     sink: Sink | None = None,
-    out: Path = OUT,
+    out: str | Path = OUT,
 ) -> Run:
     """Drive a run of the store again, with another How where ``sets`` says so, other numbers where ``wish`` does."""
-    the_store = store_at(store)
+    the_store = _opened(store)
     prepared = place_order(
-        the_store, ask_run(the_store, run, sets), Asked("flows.resume", again=True, wish=wish or Wish())
+        the_store, ask_run(the_store, run, _several(sets)), Asked("flows.resume", again=True, wish=wish or Wish())
     )
-    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=out)).start()
+    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=Path(out))).start()

@@ -102,7 +102,7 @@ def hurried(work: Path, look: Callable[[], T]) -> T:
     everybody else's, on a machine that is busy with other tests, it would not be through in hours.
     """
     for pid, args in pids_below(work):
-        if args[1:3] == ["-m", "flows.cli"] and "replay" in args:
+        if args[1:4] == ["-P", "-m", "flows.cli"] and "replay" in args:
             set_session_nice(pid, 0)
             with contextlib.suppress(PermissionError):  # within the session it is alone
                 os.setpriority(os.PRIO_PROCESS, pid, 0)

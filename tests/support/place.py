@@ -104,6 +104,7 @@ class Place:
         (folder / "corpus").mkdir(parents=True)
         (folder / "corpus" / "a.txt").write_text(TEXT)
         (folder / "spec.toml").write_text(spec)
+        (folder / "queue.py").write_text("")  # what lies where a person works is no module of ours
         self.env = _environment(folder, store, env or {})
 
     @classmethod
@@ -115,7 +116,7 @@ class Place:
         return place
 
     def command(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "flows.cli", *args]
+        return [sys.executable, "-P", "-m", "flows.cli", *args]
 
     def start(self, *args: str, err: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
         """``err``: where its stderr goes, a pipe where none is named."""

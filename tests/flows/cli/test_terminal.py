@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from flows.cli.main import cli, exit_code_of
+from flows.cli.shadow import shadow
 from tests.support.place import ROOT
 
 HOTSTAGE = [sys.executable, "-m", "flows.cli"]
@@ -142,3 +143,19 @@ def test_what_a_machine_does_not_give_is_no_bug(
     monkeypatch.setattr(cli, "main", lacks)
     assert exit_code_of(["plan"]) == 78
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["queue", "platform"])  # met by a subcommand; before the command has begun
+def test_a_file_that_hides_a_module_of_python_is_named(tmp_path: Path, name: str) -> None:
+    hides = tmp_path / f"{name}.py"
+    hides.write_text("")
+    done = run("runs", "ls", env={"PYTHONPATH": str(tmp_path), "HOTSTAGE_STORE": str(tmp_path / "store")})
+    assert (done.returncode, done.stdout) == (78, b"")
+    said = done.stderr.decode()
+    assert said.startswith(f"hotstage: {hides} is taken for Python's own module {name!r}")
+    assert "out of PYTHONPATH" in said
+    assert said.count("\n") == 1
+
+
+def test_modules_where_python_keeps_them_hide_nothing() -> None:
+    assert shadow(ValueError("a bug")) is None

@@ -18,6 +18,7 @@ from flows.drive.driving import STOPPED, Driving
 from flows.drive.events import Event, Outcome
 from flows.drive.loop import Driver
 from flows.drive.run import Prepared
+from tests.checkpoint.samples import point_body
 from tests.flows.drive.test_orders import Nodes
 from trainer.launch import Launch, LaunchedNode, LaunchView
 from trainer.spec import RunSpec
@@ -195,19 +196,25 @@ def test_what_was_turned_away_from_acts_no_more() -> None:
 
 
 def test_who_stops_a_run_from_one_terminal_stops_it_in_all(ground: tuple[Store, RunSpec]) -> None:
-    """Also a driver that only watched how the gang left; one that begins later goes on."""
+    """Also a driver that only watched how the gang left, and it knows what the gang saved then; one that begins later
+    goes on.
+    """
     store = ground[0]
     gate, prepared, driver, sink = begun(ground, "beside")
     nodes = driver.launcher = Beside()
+    log = RunLog(store, prepared.run, writer="agent")
 
     def stopped_there(event: Event) -> None:
         if event.kind == "attempt":
-            Driving(store, prepared.run, Path("there")).leave(STOPPED)
+            state = log.fold()
+            Driving(store, prepared.run, Path("there")).leave(STOPPED, state.n)
+            log.append("checkpoint", point_body(1, state.epoch), state, epoch=state.epoch)  # seen before it leaves too
             nodes.over = f"{prepared.run}-l1"
 
     sink.on, driver.driving = stopped_there, Driving(store, prepared.run, Path("here"))
     outcome = driver.run()
     assert (outcome.outcome, outcome.exit_code, outcome.attempts) == ("stopped", 85, 1)
+    assert outcome.reason.startswith("state saved")
     assert "stopped from another terminal (process" in "".join(str(e.facts.get("text")) for e in sink.told)
 
     again = Driver(prepared, gate, nodes, driver.make_launch, sink=sink, last_s=0.0)  # type: ignore[arg-type]
