@@ -179,6 +179,7 @@ def test_steps_are_computed_again_beside_a_run_that_trains(tmp_path: Path) -> No
     """``recovery.replay_every``, by the driver. The run's rank stands still meanwhile, to leave this machine free, and
     is not taken for stalled: the next attempt would end the run, and with it the replay."""
     place, log = Place(tmp_path / "p", LONG), tmp_path / "told"
+    place.hide_queue()
     keys = ("parallel.stages=1", "recovery.replay_every=6", "launch.stall_s=600")
     sets = [word for key in keys for word in ("--set", key)]
     try:

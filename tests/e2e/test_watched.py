@@ -40,6 +40,7 @@ tensorboard = "tb"
 
 @pytest.mark.long_run
 def test_every_number_is_where_a_person_looks(place: Place, undisturbed: tuple[str, str]) -> None:
+    place.hide_queue()
     run, digest = undisturbed
     (place.folder / "held").mkdir()
     (place.folder / "held" / "a.txt").write_text("a lazy dog and a quick fox, one as brown as the other. " * 40)

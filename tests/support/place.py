@@ -104,7 +104,6 @@ class Place:
         (folder / "corpus").mkdir(parents=True)
         (folder / "corpus" / "a.txt").write_text(TEXT)
         (folder / "spec.toml").write_text(spec)
-        (folder / "queue.py").write_text("")  # what lies where a person works is no module of ours
         self.env = _environment(folder, store, env or {})
 
     @classmethod
@@ -114,6 +113,10 @@ class Place:
         place.folder = folder
         place.env = _environment(folder, None, {})
         return place
+
+    def hide_queue(self) -> None:
+        """A file named as a module of Python's own: what lies where a person works is no module of a command's."""
+        (self.folder / "queue.py").write_text("")
 
     def command(self, *args: str) -> list[str]:
         return [sys.executable, "-P", "-m", "flows.cli", *args]
