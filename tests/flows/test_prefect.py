@@ -130,7 +130,6 @@ def test_nothing_answers_at_the_url(place: Place, trained: Trained) -> None:
 
 @pytest.mark.slow
 def test_the_server_is_killed_in_the_middle(place: Place, tmp_path: Path) -> None:
-    place.hide_queue()
     server = started(tmp_path / "own")
     try:
         place.env.update({**server.environment(), "PREFECT_HOME": str(tmp_path / "prefect")})

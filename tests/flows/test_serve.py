@@ -34,7 +34,6 @@ def deployments(server: PrefectServer) -> list[str]:
 
 
 def test_it_waits_for_prefect_and_serves_the_deployment_then(place: Place, server: PrefectServer) -> None:
-    place.hide_queue()
     place.env["PREFECT_API_URL"] = server.api
     process = place.start("k8s", "serve")
     try:

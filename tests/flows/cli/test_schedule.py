@@ -36,6 +36,7 @@ def done_tasks(api: Api, flow_run: dict[str, Any]) -> list[str]:
 
 def test_each_firing_is_a_new_run(prefect: Api, hosted: Place, scheduling: list[subprocess.Popen[bytes]]) -> None:
     sets = ["--set", "name='often'", "--set", "train.steps=6", "--set", "parallel.stages=1"]
+    hosted.hide_queue()
     process = hosted.start("schedule", "spec.toml", "--interval", "3", *sets)
     scheduling.append(process)
     wait_for(lambda: len(of(prefect, "often", "COMPLETED")) >= 2 or process.poll() is not None, "two runs", 150)
