@@ -164,7 +164,7 @@ def _object(line: str, where: Callable[[], str], field: str) -> Any:
     except RecursionError as error:
         raise _no_object(where, "it is nested too deep", field) from error
     except json.JSONDecodeError as error:
-        rest = line[error.pos :].strip()
+        text, rest = line.strip(), line[error.pos :].strip()
         cut = len(rest) <= 1 or error.msg.startswith("Unterminated")
         mend = "; was the line cut short?" if cut else ""
         if error.msg == "Extra data":
@@ -173,10 +173,10 @@ def _object(line: str, where: Callable[[], str], field: str) -> Any:
             mend = "; JSON has double quotes, this is Python's: write it by json.dumps"
         elif error.msg.startswith("Invalid control character"):
             mend = "; inside a text a tab is \\t, a line's end \\n"
-        elif line.strip() in ("{", "["):
-            mend = f"; an object stands on one line: {_LINES}" + (" '.[]'" if line.strip() == "[" else "")
+        elif not rest and (text == "{" or text.endswith(",") or text.startswith("[")):
+            mend = f"; an object stands on one line: {_LINES}" + (" '.[]'" if text.startswith("[") else "")
         elif error.pos == len(line) - len(line.lstrip()):
-            mend = f"; it begins with {line.strip()[:30]!r}"
+            mend = f"; it begins with {text[:30]!r}"
         why = f"{error.msg.removesuffix(' at')} at column {error.colno}{mend}"
         raise _no_object(where, why, field) from error
     except ValueError:  # a whole number of more digits than Python reads
