@@ -62,6 +62,21 @@ RANGES = Resource("LimitRange", "limitranges", "/api/v1")
 
 
 @dataclass(frozen=True)
+class _Request:
+    """What the server is asked; as text what it is, for people."""
+
+    method: str
+    path: str
+    query: Mapping[str, str] | None = None
+    body: Json | None = None
+    content_type: str = "application/json"
+    read_s: float = READ_S
+
+    def __str__(self) -> str:
+        return f"{'watch' if 'watch' in (self.query or {}) else self.method} {self.path}"
+
+
+@dataclass(frozen=True)
 class _Way:
     """To the server, as whoever the credentials of now say."""
 
@@ -98,22 +113,22 @@ class Api:
     # --- verbs --------------------------------------------------------------------------------------------
 
     def get(self, path: str, query: Mapping[str, str] | None = None, read_s: float = READ_S) -> Json:
-        return self._json("GET", path, query, read_s=read_s)
+        return self._json(_Request("GET", path, query, read_s=read_s))
 
     def text(self, path: str, query: Mapping[str, str] | None = None) -> str:
         """A body that is no JSON (a pod's log)."""
-        return self._call("GET", path, query, None, None, READ_S).decode(errors="replace")
+        return self._call(_Request("GET", path, query)).decode(errors="replace")
 
     def create(self, path: str, body: Json, *, dry_run: bool = False) -> Json:
         query = {"fieldManager": FIELD_MANAGER, **({"dryRun": "All"} if dry_run else {})}
-        return self._json("POST", path, query, body, "application/json")
+        return self._json(_Request("POST", path, query, body))
 
     def apply(self, path: str, body: Json, *, force: bool = False, dry_run: bool = False) -> Json:
         """Server-side apply: makes the object or takes over the fields that the body names; Exists on a conflict."""
         query = {"fieldManager": FIELD_MANAGER, "force": "true" if force else "false"}
         if dry_run:
             query["dryRun"] = "All"
-        return self._json("PATCH", path, query, body, "application/apply-patch+yaml")
+        return self._json(_Request("PATCH", path, query, body, "application/apply-patch+yaml"))
 
     def delete(self, path: str, uid: str | None = None, grace_s: int | None = None) -> None:
         """Deletes the object and what it owns; with ``uid`` only that very one (Exists where it is another by now)."""
@@ -122,16 +137,16 @@ class Api:
             body["preconditions"] = {"uid": uid}
         if grace_s is not None:
             body["gracePeriodSeconds"] = grace_s
-        self._json("DELETE", path, None, body, "application/json")
+        self._json(_Request("DELETE", path, body=body))
 
     def watch(self, path: str, query: Mapping[str, str], timeout_s: int, idle_s: float) -> Iterator[Json]:
         """Watch events as they come, until the server ends the stream; ``idle_s`` without a byte is ApiUnavailable."""
         wanted = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(timeout_s)}
-        what = f"watch {path}"
-        response = self._send("GET", path, wanted, None, None, idle_s, what)
+        request = _Request("GET", path, wanted, read_s=idle_s)
+        response = self._send(request)
         try:
             if response.status != 200:
-                raise _error(response, what)
+                raise _error(response, request)
             pending = b""
             for part in response.stream(1 << 16, decode_content=True):
                 *lines, pending = (pending + part).split(b"\n")
@@ -139,7 +154,7 @@ class Api:
                     if line.strip():
                         yield json.loads(line)
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise ApiUnavailable(f"{what}: the stream ended: {error}") from error
+            raise ApiUnavailable(f"{request}: the stream ended: {error}") from error
         finally:
             # a stream that was not read to its end cannot carry another request
             with contextlib.suppress(Exception):
@@ -168,43 +183,26 @@ class Api:
             self._way = _way(found, self.host)
             return True
 
-    def _json(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None = None,
-        body: Json | None = None,
-        content_type: str | None = None,
-        read_s: float = READ_S,
-    ) -> Json:
-        data = self._call(method, path, query, body, content_type, read_s)
+    def _json(self, request: _Request) -> Json:
+        data = self._call(request)
         try:
             value = json.loads(data)
         except ValueError as error:
-            raise ApiUnavailable(f"{method} {path}: the answer is not JSON: {data[:100]!r}") from error
+            raise ApiUnavailable(f"{request}: the answer is not JSON: {data[:100]!r}") from error
         if not isinstance(value, dict):
-            raise ApiUnavailable(f"{method} {path}: the answer is not a JSON object")
+            raise ApiUnavailable(f"{request}: the answer is not a JSON object")
         return value
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None,
-        body: Json | None,
-        content_type: str | None,
-        read_s: float,
-    ) -> bytes:
-        what = f"{method} {path}"
-        response = self._send(method, path, query, body, content_type, read_s, what)
+    def _call(self, request: _Request) -> bytes:
+        response = self._send(request)
         try:
             data: bytes = response.read()
             self._warn(response)
             if response.status >= 300:
-                raise translate(response.status, data, what, response.headers.get("Retry-After"))
+                raise translate(response.status, data, str(request), response.headers.get("Retry-After"))
             return data
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise ApiUnavailable(f"{what}: the answer ended early: {error}") from error
+            raise ApiUnavailable(f"{request}: the answer ended early: {error}") from error
         finally:
             response.release_conn()
 
@@ -215,54 +213,35 @@ class Api:
                 self._warned.add(text)
                 log.warning("the API server warns: %s", text.replace('\\"', '"'))
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None,
-        body: Json | None,
-        content_type: str | None,
-        read_s: float,
-        what: str,
-    ) -> urllib3.BaseHTTPResponse:
+    def _send(self, request: _Request) -> urllib3.BaseHTTPResponse:
         """The answer; asked again where the server did not know the credentials and newer ones were found."""
         way = self._way
-        response = self._sent(way, method, path, query, body, content_type, read_s, what)
+        response = self._sent(way, request)
         if response.status == 401 and self._renew(way):
             response.close()
-            response = self._sent(self._way, method, path, query, body, content_type, read_s, what)
+            response = self._sent(self._way, request)
         return response
 
-    def _sent(
-        self,
-        way: _Way,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None,
-        body: Json | None,
-        content_type: str | None,
-        read_s: float,
-        what: str,
-    ) -> urllib3.BaseHTTPResponse:
+    def _sent(self, way: _Way, request: _Request) -> urllib3.BaseHTTPResponse:
         headers = urllib3.HTTPHeaderDict({"Accept": "application/json", "User-Agent": "hotstage"})
-        for name, value in (*_credentials(way.access.configuration, what), *way.access.headers):
+        for name, value in (*_credentials(way.access.configuration, request), *way.access.headers):
             value = " ".join(value.split())  # a file's last line ends, as kubectl knows
             if not (value.isascii() and value.isprintable()):
                 raise Unauthenticated(
-                    f"{what}: the kubeconfig's credentials hold what no header can (a letter beyond ASCII, a control "
-                    "character): take it out of its token"
+                    f"{request}: the kubeconfig's credentials hold what no header can (a letter beyond ASCII, a "
+                    "control character): take it out of its token"
                 )
             headers.add(name, value)
-        if content_type:
-            headers["Content-Type"] = content_type
-        url = f"{self.host}{path}" + (f"?{urlencode(query)}" if query else "")
+        if request.body is not None:
+            headers["Content-Type"] = request.content_type
+        url = f"{self.host}{request.path}" + (f"?{urlencode(request.query)}" if request.query else "")
         try:
             return way.pool.request(
-                method,
+                request.method,
                 url,
                 headers=headers,
-                body=json.dumps(body) if body is not None else None,
-                timeout=urllib3.Timeout(connect=CONNECT_S, read=read_s),
+                body=json.dumps(request.body) if request.body is not None else None,
+                timeout=urllib3.Timeout(connect=CONNECT_S, read=request.read_s),
                 retries=False,
                 preload_content=False,
                 redirect=False,
@@ -270,11 +249,11 @@ class Api:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             through = f" through {way.proxy}" if way.proxy else ""
             if why := untrusted(error):
-                raise LaunchRefused(f"{what}: {self.host}{through}: {error}; {why}") from error
-            raise ApiUnavailable(f"{what}: {self.host} does not answer{through}: {error}") from error
+                raise LaunchRefused(f"{request}: {self.host}{through}: {error}; {why}") from error
+            raise ApiUnavailable(f"{request}: {self.host} does not answer{through}: {error}") from error
 
 
-def _credentials(configuration: Any, what: str) -> list[tuple[str, str]]:
+def _credentials(configuration: Any, request: _Request) -> list[tuple[str, str]]:
     try:
         found = [
             (str(setting["key"]), str(setting["value"]))
@@ -282,7 +261,7 @@ def _credentials(configuration: Any, what: str) -> list[tuple[str, str]]:
             if setting.get("in") == "header" and setting.get("value")
         ]
     except Exception as error:  # the user's own credential program may fail in any way
-        raise Unauthenticated(f"{what}: cannot get the kubeconfig's credentials: {error}; log in again") from error
+        raise Unauthenticated(f"{request}: cannot get the kubeconfig's credentials: {error}; log in again") from error
     username, password = configuration.username, configuration.password
     if username and "authorization" not in {name.lower() for name, _ in found}:
         pair = base64.b64encode(f"{username}:{password}".encode()).decode()
@@ -290,8 +269,8 @@ def _credentials(configuration: Any, what: str) -> list[tuple[str, str]]:
     return found
 
 
-def _error(response: urllib3.BaseHTTPResponse, what: str) -> Exception:
-    return translate(response.status, response.read(), what, response.headers.get("Retry-After"))
+def _error(response: urllib3.BaseHTTPResponse, request: _Request) -> Exception:
+    return translate(response.status, response.read(), str(request), response.headers.get("Retry-After"))
 
 
 def _way(access: Access, host: str) -> _Way:

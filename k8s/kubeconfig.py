@@ -85,12 +85,10 @@ def load_cluster(given: str | None, context: str | None) -> Access:
     except Exception as error:  # what gives a user's credentials may fail in any way
         raise LaunchRefused(f"{chosen}: {' '.join(str(error).split())[:300]}; {_ANEW}") from error
     if chosen.giver and not configuration.api_key and not configuration.cert_file:
-        words = (
-            "" if any("NoneType" in text for text in said) else ": " + " ".join(said)[:300]
-        )  # they are on the terminal
-        raise Unauthenticated(
-            f"{chosen}: {chosen.giver} gave no credentials{words.rstrip(': ')}; log in again, or mend what it says"
-        )
+        # of a program that only failed the client says something of None; its own words are on the terminal
+        words = "" if any("NoneType" in text for text in said) else " ".join(said)[:300]
+        why = f": {words}" if words else ""
+        raise Unauthenticated(f"{chosen}: {chosen.giver} gave no credentials{why}; log in again, or mend what it says")
     for text in said:
         log.warning("%s: %s", chosen, text)
     return Access(configuration, _as_whom(chosen.user), configuration.proxy or "", chosen.name, chosen.namespace)

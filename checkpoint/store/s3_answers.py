@@ -118,8 +118,10 @@ _OF_PROXIES = 520
 """From here on a proxy on the way tells, in numbers of its own, that the server does not answer it."""
 _RIGHTS = "this identity has no right to do it; what the agent, the driver and the collector need is in docs/policies"
 _REGION = "the bucket is in another region: add ?region=… to the address"
-_SIZE = "the server, or a proxy before it, takes no objects of that size: hotstage writes such of up to 64 MiB (nginx: "
-_SIZE += "client_max_body_size)"
+_SIZE = (
+    "the server, or a proxy before it, takes no objects of that size: hotstage writes such of up to 64 MiB (nginx: "
+    "client_max_body_size)"
+)
 _OTHER = "check the address, the rights and what the server supports"
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",
@@ -285,6 +287,10 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
     return StoreRefused(f"{said}; check the address, the credentials and boto3's configuration")
 
 
+_OTHER_NAME, _OTHER_TIME = (62, 63, 64), (9, 10)
+"""Of OpenSSL's verify_code."""
+
+
 def _tls(error: BaseException) -> str:
     """Why no connection will be better than this one, with the mend; empty where another may be."""
     inner = error
@@ -310,10 +316,6 @@ def _tls(error: BaseException) -> str:
         "where the server's certificate is of an authority of your own, name a file with that authority's certificate "
         f"by AWS_CA_BUNDLE ({now}) or the profile's ca_bundle"
     )
-
-
-_OTHER_NAME, _OTHER_TIME = (62, 63, 64), (9, 10)
-"""Of OpenSSL's verify_code."""
 
 
 def _without_login(text: str) -> str:

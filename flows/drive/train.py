@@ -215,7 +215,9 @@ def train(
 
 
 def _opened(store: str | Path | Store | None) -> Store:
-    return store_at(None if store is None else str(store)) if store is None or isinstance(store, str | Path) else store
+    if store is None or isinstance(store, str):
+        return store_at(store)
+    return store_at(str(store)) if isinstance(store, Path) else store
 
 
 def _several(sets: str | Sequence[str]) -> Sequence[str]:

@@ -139,7 +139,8 @@ def test_a_killed_call_leaves_no_process_and_is_gone_on_with(tmp_path: Path) -> 
     s = session(tmp_path, ["good", Stage("hang", "", 0.5, 0.1)])
     assert s.run(60) == 1
     assert s.done["hang"].tries == 2
-    assert (tmp_path / "ran").read_text().split().count("good") == 1
+    ran = (tmp_path / "ran").read_text().split()
+    assert ran == ["good", "hang", "hang"][: max(len(ran), 1)]  # a loaded machine ends a try before its first word
 
 
 def _mine(word: str) -> list[int]:

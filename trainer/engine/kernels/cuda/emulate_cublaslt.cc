@@ -9,7 +9,8 @@
  *
  * They are offered in the order 3, 4, 5, 0, 1, 2, each for operands that are aligned as was asked. Its clock is its
  * own: an algorithm takes a time that follows from its number and the product, so that a choice can be foretold, and
- * twice that in the first 80 ms, as a device that was idle takes longer; and HS_EMULATED_CUBLASLT, some of these words, makes others of it:
+ * twice that in the first 80 ms, as a device that was idle takes longer; and HS_EMULATED_CUBLASLT,
+ * some of these words, makes others of it:
  *
  *   fastest N     algorithm N is the fastest
  *   refuse N      the check refuses algorithm N
