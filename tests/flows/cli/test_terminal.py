@@ -145,7 +145,7 @@ def test_what_a_machine_does_not_give_is_no_bug(
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["queue", "platform"])  # met by a subcommand; before the command has begun
+@pytest.mark.parametrize("name", ["queue", "dataclasses"])  # met by a subcommand; before the command has begun
 def test_a_file_that_hides_a_module_of_python_is_named(tmp_path: Path, name: str) -> None:
     hides = tmp_path / f"{name}.py"
     hides.write_text("")
