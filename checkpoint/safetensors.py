@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from checkpoint.errors import StoreRefused
 from checkpoint.export import DTYPES, INDEX, MAX_HEADER_BYTES, WEIGHTS
 
 MAX_TENSORS = 1 << 20
+ADAPTER = re.compile(r"adapter_(config\.json|model\..*)")
+SIZES = DTYPES | {"BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
+"""Bytes of an element of every type whose elements are whole bytes: what a type is good for is the caller's."""
 
 
 class NoWeights(StoreRefused):
@@ -47,10 +51,15 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     """Every tensor of the folder's model.safetensors, or of the files that its index names. NoWeights for anything
     else."""
     single, index = folder / WEIGHTS, folder / INDEX
+    if (single.is_file() or index.is_file()) and (beside := _adapter(folder)):
+        raise NoWeights(
+            f"{folder} holds an adapter beside a model ({beside}), and its weights are without it: merge the two "
+            "(peft's merge_and_unload, then save_pretrained into another folder), or move the adapter's files away"
+        )
     if single.is_file():
         return read_file(single)
     if not index.is_file():
-        raise NoWeights(f"{folder} has neither {WEIGHTS} nor {INDEX}: {_instead(folder)}")
+        raise NoWeights(f"{folder} has neither {WEIGHTS} nor {INDEX}: {instead(folder)}")
     where = _json(_read(index, MAX_HEADER_BYTES), index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(f, str) for f in where.values()):
         raise NoWeights(f"{index}: 'weight_map' must name the file of each tensor")
@@ -59,7 +68,7 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
         if name != os.path.basename(name) or name.startswith("."):
             raise NoWeights(f"{index}: {name[:80]!r} is no file of this folder")
         if not (folder / name).is_file():
-            raise NoWeights(f"{index} names {name[:80]}, which is not in its folder: fetch it again")
+            raise NoWeights(f"{index} names {name[:80]}, which is {_gone(folder / name)}: fetch it again")
         for tensor in read_file(folder / name).values():
             if where.get(tensor.name) == name:
                 found[tensor.name] = tensor
@@ -69,43 +78,90 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     return found
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without weights has in their place, and the mend."""
+def _gone(path: Path) -> str:
+    """Where a file is not."""
+    return f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "not in its folder"
+
+
+def _adapter(folder: Path) -> str | None:
+    """The file by which a folder holds an adapter, and what it says of it; None where it holds none."""
+    found = sorted(entry.name for entry in folder.iterdir() if ADAPTER.fullmatch(entry.name))
+    if not found:
+        return None
+    try:
+        said = json.loads((folder / "adapter_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        said = None
+    told = [said.get(key) for key in ("peft_type", "base_model_name_or_path")] if isinstance(said, dict) else []
+    kind, base = (str(value)[:80] if value else "" for value in told or ("", ""))
+    return found[0] + (f": {kind or 'made'} for {base!r}" if base else "")
+
+
+def instead(folder: Path) -> str:
+    """What a folder that is no model's has in place of its files, and the mend."""
     try:
         there = sorted(entry.name for entry in folder.iterdir())
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
+    if adapter := _adapter(folder):
+        return f"{adapter} is an adapter, not a model; merge it into its model first (peft's merge_and_unload)"
     for name in there:
-        if name.endswith((".safetensors", INDEX)) and not (folder / name).exists():
-            return f"{name} is a link to {os.readlink(folder / name)}, which is not there; download it again"
+        if name.endswith((".safetensors", ".json")) and not (folder / name).exists():
+            return f"{name} is {_gone(folder / name)}; download it again"
+        if name in (WEIGHTS, INDEX):
+            return f"{name} is no file; download it again"
     for what, ending, mend in _OTHERS:
         for name in there:
             if re.fullmatch(ending, name):
                 return f"{name} is {what}; {mend}"
-    return "name the folder that an export or a download made"
+    below = [f.parent for pattern in ("*/config.json", "snapshots/*/config.json") for f in sorted(folder.glob(pattern))]
+    if below:
+        more = f" (or of {len(below) - 1} more)" if len(below) > 1 else ""
+        return f"a model lies below it: give the folder {shlex.quote(str(below[-1]))}{more}"
+    return "name the folder that an export or a download made" if there else "it is empty; download the model again"
 
 
 _SAVED = "transformers' from_pretrained(DIR).save_pretrained(OTHER) writes safetensors of it"
+_PICKLE = "a pickle, which is not opened, because it can hold any program"
 _OTHERS = (
     ("one of several files, whose index is missing", r"model-\d+-of-\d+\.safetensors", f"copy {INDEX} beside it too"),
-    ("an adapter, not a model", r"adapter_model\..*", "merge it into its model first (peft's merge_and_unload)"),
-    ("a pickle, which is not opened, because it can hold any program", r".*\.(bin|pt|pth|ckpt)", _SAVED),
+    ("of a model in its maker's form", r"params\.json|consolidated.*\.safetensors", "take it in Hugging Face's form"),
+    ("of an image model (diffusers)", r"model_index\.json", "give the folder of a language model"),
+    ("of a sharded checkpoint of DeepSpeed", r"zero_to_fp32\.py|global_step\d+", "run its zero_to_fp32.py with "
+     "--safe_serialization"),
+    ("of a sharded checkpoint of torch", r".*\.distcp|pytorch_model_fsdp_\d+", "accelerate merge-weights makes "
+     f"{WEIGHTS} of it"),
+    (_PICKLE, r".*\.(bin|pt|pth|ckpt)", _SAVED),
     ("of llama.cpp", r".*\.gguf", "take the model's safetensors"),
+    ("of ONNX", r".*\.onnx", "take the model's safetensors"),
     ("of TensorFlow or Flax", r".*\.(h5|msgpack)", _SAVED),
     ("weights under a name of their own", r".*\.safetensors", f"name it {WEIGHTS}"),
+)  # fmt: skip
+_MAGIC = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the file: `git lfs pull` in its folder fetches that"),
+    (b"PK\3\4", f"a zip archive, such as torch.save's: {_PICKLE}; {_SAVED}"),
+    (b"\x80\x02", f"{_PICKLE}; {_SAVED}"),
+    (b"GGUF", "of llama.cpp, whatever its name; take the model's safetensors"),
 )
+
+
+def _refuse_others(path: Path, head: bytes) -> None:
+    """NoWeights where a file that begins so is of another kind, whatever its name."""
+    for magic, what in _MAGIC:
+        if head.startswith(magic):
+            raise NoWeights(f"{path} is {what}")
+    if re.match(rb"\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
+        raise NoWeights(f"{path} is a page of HTML or XML, such as a login or an error: fetch the file itself again")
 
 
 def read_file(path: Path) -> dict[str, FileTensor]:
     """The tensors of one file, none of which overlap or leave it."""
-    head = _read(path, 8)
-    if head == b"version ":
-        raise NoWeights(f"{path} is a pointer of Git LFS, not the file: `git lfs pull` in its folder fetches that")
+    head = _read(path, 64)
     size = path.stat().st_size
     if not size:
         raise NoWeights(f"{path} is empty: fetch it again")
-    if re.match(rb"\s*<(!doctype|html|\?xml)", _read(path, 64), re.IGNORECASE):
-        raise NoWeights(f"{path} is a page of HTML or XML, such as a login or an error: fetch the file itself again")
+    _refuse_others(path, head)
+    head = head[:8]
     length = int.from_bytes(head, "little")
     if len(head) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise NoWeights(f"{path} is not safetensors, or was cut short: its header would have {length} of {size} bytes")
@@ -116,11 +172,12 @@ def read_file(path: Path) -> dict[str, FileTensor]:
     for name, row in table.items():
         if name != "__metadata__":
             found[name] = _tensor(path, name, row, begin, size)
-    end = 0
-    for tensor in sorted(found.values(), key=lambda t: t.offset):
-        if tensor.offset < end:
-            raise NoWeights(f"{path}: tensor {tensor.name[:80]!r} overlaps another one")
-        end = tensor.offset + tensor.elements * DTYPES[tensor.dtype]
+    end = begin
+    for tensor in sorted(found.values(), key=lambda t: (t.offset, t.elements)):
+        if tensor.offset != end:
+            how = "overlaps another one" if tensor.offset < end else f"lies {tensor.offset - end} bytes behind the last"
+            raise NoWeights(f"{path}: tensor {tensor.name[:80]!r} {how}: it is damaged, fetch it again")
+        end = tensor.offset + tensor.elements * SIZES[tensor.dtype]
     if found and end < size:
         raise NoWeights(f"{path} has {size - end} bytes behind its last tensor: it is damaged, fetch it again")
     return found
@@ -131,17 +188,15 @@ def _tensor(path: Path, name: str, row: Any, begin: int, size: int) -> FileTenso
     if not isinstance(row, Mapping):
         raise NoWeights(f"{what} is not described")
     dtype, shape, place = row.get("dtype"), row.get("shape"), row.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise NoWeights(
-            f"{what} is of type {str(dtype)[:20]!r}; {', '.join(DTYPES)} are read (quantised weights are not)"
-        )
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise NoWeights(f"{what} is of type {str(dtype)[:20]!r}; {', '.join(SIZES)} are read: take another copy")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(d) is int and 0 <= d < 1 << 48 for d in shape):
         raise NoWeights(f"{what} has no shape that can be")
     if not isinstance(place, list) or len(place) != 2 or not all(type(x) is int and x >= 0 for x in place):
         raise NoWeights(f"{what} has no place in the file")
-    if place[1] - place[0] == math.prod(shape) * DTYPES[dtype] and begin + place[1] > size:
+    if place[1] - place[0] == math.prod(shape) * SIZES[dtype] and begin + place[1] > size:
         raise NoWeights(f"{what} ends at byte {begin + place[1]}, the file at {size}: it was cut short, fetch it again")
-    if place[1] - place[0] != math.prod(shape) * DTYPES[dtype]:
+    if place[1] - place[0] != math.prod(shape) * SIZES[dtype]:
         raise NoWeights(f"{what}: bytes {place[0]} to {place[1]} of {size - begin} do not hold {shape} of {dtype}")
     return FileTensor(name, dtype, tuple(shape), path, begin + place[0])
 
@@ -152,7 +207,7 @@ def digest_of(tensors: Mapping[str, FileTensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         total.update(json.dumps([name, tensor.dtype, list(tensor.shape)]).encode())
-        left = tensor.elements * DTYPES[tensor.dtype]
+        left = tensor.elements * SIZES[tensor.dtype]
         try:
             with open(tensor.file, "rb") as file:
                 file.seek(tensor.offset)
@@ -186,6 +241,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json(data: bytes, path: Path) -> dict[str, Any]:
+    _refuse_others(path, data[:64])
     try:
         value = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

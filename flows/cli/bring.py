@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -50,8 +51,8 @@ def import_(
     from trainer.spec import parse_spec
 
     path = Path(folder)
-    if not os.path.isdir(path):  # also what no path can be: too long, with a zero byte
-        raise click.UsageError(f"{folder!r} {_no_folder(path)}")
+    if not os.path.isdir(folder):  # also what no path can be: too long, with a zero byte
+        raise click.UsageError(f"{folder!r} {_no_folder(folder)}")
     text = spec_text(path, weights=True, source=source, tokenizer=tokenizer, end_token=end_token, name=name)
     spec = parse_spec(tomllib.loads(text), origin="the spec")
     file = Path(output or f"{spec.name}.toml")
@@ -80,14 +81,25 @@ def import_(
     return 0
 
 
-def _no_folder(path: Path) -> str:
-    """Why a path is no folder of a model, and the mend."""
+def _no_folder(path: str) -> str:
+    """Why an argument is no folder of a model, and the mend."""
     if os.path.isfile(path):
-        return f"is a file; give the folder that it lies in: {shlex.quote(str(path.parent))}"
-    return (
-        "is no folder here, and hotstage downloads nothing; a model of the Hub comes by: "
-        f"hf download {shlex.quote(str(path))} --local-dir DIR"
-    )
+        if re.search(r"\.(zip|tar|tgz|gz|bz2|xz|zst|7z|rar)$", path, re.IGNORECASE):
+            return "is an archive; unpack it, and give the folder that comes of it"
+        return f"is a file; give the folder that it lies in: {shlex.quote(os.path.dirname(path) or '.')}"
+    if named := _URL.fullmatch(path) or _NAME.fullmatch(path):
+        asked = f"hf download {shlex.quote(named['name'])} --local-dir DIR"
+        return f"is no folder here, and hotstage downloads nothing; a model of the Hub comes by: {asked}"
+    if "://" in path:
+        return "is an address, and hotstage downloads nothing; fetch the model, and give its folder"
+    return "is no folder here; give the folder that holds a model's config.json and model.safetensors"
+
+
+_URL = re.compile(
+    r"(?:https?|hf)://(?:[^/]*\.[^/]*/)?(?P<name>[\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/.*)?/?|\w{2,}://"
+)
+_NAME = re.compile(r"(?:hf:)?(?P<name>\w[\w.-]*(?:/[\w.-]+)?)")
+"""How people name a model of the Hub."""
 
 
 def _other_text(file: Path, text: str) -> bool:

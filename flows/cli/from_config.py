@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from checkpoint.safetensors import NoWeights, instead
 from trainer.errors import SpecError
 from trainer.models import family, names
 from trainer.models.hf_config import left_out, name_of, read_config
 from trainer.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from trainer.models.base import Family
 
 _SEQUENCE = 1024
 
@@ -28,11 +34,10 @@ def spec_text(
     ``weights``: the model begins from the folder's weights; ``tokenizer`` and ``end_token``: where they are not those
     that the folder's files say.
     """
+    if path.is_dir() and not (path / "config.json").exists():
+        raise NoWeights(f"{path} has no config.json: {instead(path)}")
     config = read_config(path)
-    kind = config.get("model_type")
-    if kind not in names():
-        raise SpecError(f"config.json: model_type is {kind!r}; this version computes {', '.join(names())}")
-    model = family(str(kind)).from_hf_config(config)
+    model = _family_of(config).from_hf_config(config)
     if model.vocab < 1:
         raise SpecError(f"config.json: vocab_size {model.vocab} must be at least 1; raise it")
     folder = path if path.is_dir() else path.parent
@@ -73,6 +78,23 @@ def spec_text(
         "",
     ]
     return "\n".join(lines)
+
+
+def _family_of(config: Mapping[str, Any]) -> Family:
+    """The family that a config.json is of; SpecError where it is none that this version computes."""
+    kind, made, known = config.get("model_type"), config.get("architectures"), names()
+    if kind in known:
+        return family(str(kind))
+    mend = "docs/add-a-model.md adds a family"
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping) and inner.get("model_type") in known:
+        mend = f"its language model alone (text_config, a {inner['model_type']}) is: save that into a folder of its own"
+    near = [name for name in known if isinstance(kind, str) and kind.lower().replace("-", "").replace("_", "") == name]
+    if kind is None:
+        near = [n for n in known if isinstance(made, list) and getattr(family(n), "architecture", "") in made]
+    if near:
+        mend = f'write "model_type": "{near[0]}"'
+    raise SpecError(f"config.json: model_type is {kind!r}; this version computes {', '.join(known)}: {mend}")
 
 
 def _model_lines(model: ModelSpec) -> list[str]:

@@ -237,6 +237,8 @@ def _other_format(data: bytes) -> str:
         )
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         return "it is a tiktoken table, not JSON"
+    if data.lstrip().startswith(b"<"):
+        return "it is a page of HTML or XML, such as a login or an error; fetch the file itself again"
     if data.startswith(b"#version"):
         return "it is the merges.txt of a tokenizer"
     what, mend = ("packed by gzip", "unpack it: gunzip -k") if data.startswith(GZIP) else format_of(data[:512])

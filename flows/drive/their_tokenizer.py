@@ -62,6 +62,9 @@ def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
     if kind == "hf":
         folder = folder_of_init(rest)
         found = folder_tokenizer(folder)
+        if found is None and (folder / TOKENIZER).is_symlink():
+            gone = os.readlink(folder / TOKENIZER)
+            raise DatasetError(f"{folder / TOKENIZER} is a link to {gone}, which is not there; download it again")
         if found is None:
             raise DatasetError(
                 f"{folder} has no {TOKENIZER}, and weights are of no use without the tokenizer that they were made "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from checkpoint.chunks import shape_text
+from checkpoint.export import INDEX, WEIGHTS
 from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import PARAM
 from checkpoint.read import StateReader, load_manifest, refuse_newer
@@ -231,7 +233,7 @@ def _rows_of(files: Mapping[str, FileTensor], folder: Path, model: ModelSpec) ->
     if wrong:
         more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
         mend = (
-            _mend_of(wrong, table, named)
+            _mend_of(wrong, table, named, folder)
             if _says(folder, model)
             else "`hotstage import FOLDER` writes a spec with the folder's own model"
         )
@@ -239,14 +241,17 @@ def _rows_of(files: Mapping[str, FileTensor], folder: Path, model: ModelSpec) ->
     other = [entry.name for entry in table if named[entry.name].dtype not in FLOATS]
     if other:
         more = f" (and {len(other) - 1} more)" if len(other) > 1 else ""
-        raise SpecError(
-            f"{other[0]}{more} in {folder} is of type {named[other[0]].dtype}; {', '.join(FLOATS)} are taken: write "
-            'them in one of these (transformers: from_pretrained(DIR, dtype="float32").save_pretrained(OTHER))'
+        kind = named[other[0]].dtype
+        mend = (
+            'write them in one of these (transformers: from_pretrained(DIR, dtype="float32").save_pretrained(OTHER))'
+            if kind == "F64"
+            else "these are quantised, take the model as it was before"
         )
+        raise SpecError(f"{other[0]}{more} in {folder} is of type {kind}; {', '.join(FLOATS)} are taken: {mend}")
     return [(entry, named[entry.name]) for entry in table]
 
 
-def _mend_of(wrong: Sequence[str], table: Sequence[HfTensor], named: Mapping[str, FileTensor]) -> str:
+def _mend_of(wrong: Sequence[str], table: Sequence[HfTensor], named: Mapping[str, FileTensor], folder: Path) -> str:
     """Where the folder's own config.json does not describe its weights."""
     if wrong == ["lm_head.weight is missing"]:
         return (
@@ -257,6 +262,7 @@ def _mend_of(wrong: Sequence[str], table: Sequence[HfTensor], named: Mapping[str
     heads = ("lm_head.weight", table[0].name)
     if (
         embedding is not None
+        and embedding.elements
         and embedding.shape[1:] == tuple(table[0].shape[1:])
         and all(text.startswith(tuple(f"{name} is {shape_text(embedding.shape)}" for name in heads)) for text in wrong)
     ):
@@ -264,10 +270,44 @@ def _mend_of(wrong: Sequence[str], table: Sequence[HfTensor], named: Mapping[str
             f'config.json says "vocab_size": {table[0].shape[0]}: if tokens were added or rows left out, write '
             f"{embedding.shape[0]} there; else fetch the folder again"
         )
-    return (
+    if (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        return f"{WEIGHTS} was read, as transformers does: remove it if the files of {INDEX} beside it are meant"
+    return _mend_of_names(table, named) or (
         "the folder's config.json says of the model what the spec says, so the weights are another model's, or not "
         "all there: fetch the folder again"
     )
+
+
+def _mend_of_names(table: Sequence[HfTensor], named: Mapping[str, FileTensor]) -> str | None:
+    """The mend that names and shapes of the files' tensors show, beside those that the model has."""
+    wanted = {entry.name: entry for entry in table}
+    there = [(wanted[name], tensor) for name, tensor in named.items() if name in wanted]
+    if any(not tensor.elements for _, tensor in there):
+        return (
+            "tensors of no elements stand for those that DeepSpeed's ZeRO-3 had on other ranks: its zero_to_fp32.py "
+            "writes them whole"
+        )
+    shaped = [(entry, tensor.shape) for entry, tensor in there if tensor.shape != tuple(entry.shape)]
+    if shaped and all(entry.transpose and shape == tuple(entry.shape)[::-1] for entry, shape in shaped):
+        return (
+            "they are turned over, [out, in]; Hugging Face's GPT-2 has [in, out]: transpose every matrix of the layers"
+        )
+    missing, others = [name for name in wanted if name not in named], [n for n in named if n not in wanted]
+    first = next((name for name in missing for other in others if other.endswith(f".{name}")), None)
+    if first is not None:
+        before = next(other for other in others if other.endswith(f".{first}")).removesuffix(first)
+        if before.startswith("base_model.") or any(".lora_" in name for name in others):
+            return f"names begin with {before!r}: an adapter is beside them, merge it (peft's merge_and_unload)"
+        return f"names begin with {before!r}: write them without it (save_pretrained of the model inside)"
+    numbers = [{int(n) for name in names for n in re.findall(r"\.(\d+)\.", name)} for names in (wanted, named)]
+    if numbers[0] != numbers[1] and not shaped:
+        return (
+            f"config.json says {len(numbers[0])} layers, the files have {len(numbers[1])}: write that number there, or "
+            "fetch the folder again"
+        )
+    if others and not missing and not shaped:
+        return "with it the model computes something else, which this version does not: take a model without"
+    return None
 
 
 def _says(folder: Path, model: ModelSpec) -> bool:

@@ -16,17 +16,25 @@ from trainer.models.base import (
     View,
     hf_whole,
 )
-from trainer.models.hf_config import config_only, config_value, imported, no_window
+from trainer.models.hf_config import by_either_name, config_only, config_value, imported, no_window
 from trainer.spec import ModelSpec
 
 WTE, WPE, NORM, LAYER = "transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f", "transformer.h.{layer}"
 HEAD = "lm_head.weight"
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}
+"""Other names of a config.json's keys, which transformers takes too."""
 
 
 class Gpt2(Family):
     """The family."""
 
     name = "gpt2"
+    architecture = "GPT2LMHeadModel"
 
     def check(self, model: ModelSpec) -> None:
         if model.kv_heads not in (None, model.heads):
@@ -38,6 +46,11 @@ class Gpt2(Family):
             raise ValueError(
                 f"head_size {model.head_size}: gpt2 needs heads * head_size = width, {model.heads} * "
                 f"{model.head_size} is not {model.width}; leave head_size out"
+            )
+        if model.rope_base != ModelSpec.model_fields["rope_base"].default:
+            raise ValueError(
+                f"rope_base {model.rope_base:g}: gpt2 learns its positions and turns nothing; leave rope_base out, or "
+                "take family = 'llama'"
             )
 
     def tensors(self, model: ModelSpec) -> tuple[Tensor, ...]:
@@ -92,7 +105,7 @@ class Gpt2(Family):
 
     def to_hf_config(self, model: ModelSpec) -> dict[str, Any]:
         return {
-            "architectures": ["GPT2LMHeadModel"],
+            "architectures": [self.architecture],
             "model_type": "gpt2",
             "activation_function": "gelu_new",
             "n_embd": model.width,
@@ -110,12 +123,20 @@ class Gpt2(Family):
         }
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        config = by_either_name(config, _ALIASES)
         config_only(
             config,
-            "GPT2LMHeadModel",
+            self.architecture,
             {
                 "model_type": ("gpt2",),
-                "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh", None),
+                "activation_function": (
+                    "gelu_new",
+                    "gelu_pytorch_tanh",
+                    "gelu_fast",
+                    "gelu_accurate",
+                    "gelu_python_tanh",
+                    None,
+                ),
                 "scale_attn_weights": (True, None),
                 "scale_attn_by_inverse_layer_idx": (False, None),
             },

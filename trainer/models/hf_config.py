@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),  # the model is code of its own
     "quantization_config": (None,),
+    "compression_config": (None,),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
     "is_causal": (True, None),
@@ -60,7 +62,14 @@ def read_config(path: Path, mend: str = "give a model's config.json") -> dict[st
     try:
         if not file.is_file() and file.exists():
             raise SpecError(f"{file}: is no regular file; {mend}")
-        tree = json.loads(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
+        data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        if data.startswith(b"version https://git-lfs"):
+            raise SpecError(f"{file}: is a pointer of Git LFS, not the file: `git lfs pull` in its folder fetches that")
+        if data.lstrip().startswith(b"<"):
+            raise SpecError(
+                f"{file}: is a page of HTML or XML, such as a login or an error: fetch the file itself again"
+            )
+        tree = json.loads(data)
     except OSError as error:
         raise SpecError(f"{file}: cannot be read: {error.strerror}; {mend}") from error
     except (ValueError, RecursionError) as error:  # of JSON, of its encoding, a NUL byte in the path
@@ -68,6 +77,19 @@ def read_config(path: Path, mend: str = "give a model's config.json") -> dict[st
     if not isinstance(tree, dict):
         raise SpecError(f"{file}: is no JSON object; {mend}")
     return tree
+
+
+def by_either_name(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The config with the values of keys that have another name too (``names``: it, and the key). SpecError where both
+    are there and differ."""
+    made = dict(config)
+    for other, key in names.items():
+        value, own = config.get(other), config.get(key)
+        if value is not None and own is not None and value != own:
+            raise SpecError(f"config.json: {key} {_short(own)}, {other} {_short(value)}; which one? leave one of them")
+        if value is not None:
+            made[key] = value
+    return made
 
 
 def config_value(config: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
@@ -94,7 +116,11 @@ def config_only(config: Mapping[str, Any], architecture: str, allowed: Mapping[s
             told = f"this family computes {only!r} only" if only is not None else "this version computes models without"
             raise SpecError(f"config.json: {key} is {_short(config[key])}; {told}")
     made = config.get("architectures")
-    if made and architecture not in made and architecture.replace("ForCausalLM", "Model") not in made:
+    made = [made] if isinstance(made, str) else made
+    if made is not None and not isinstance(made, list):
+        raise SpecError(f"config.json: architectures is {_short(made)}; it must be a list of names, or null")
+    bare = re.sub("(ForCausalLM|LMHeadModel)$", "Model", architecture)
+    if made and architecture not in made and bare not in made:
         raise SpecError(f"config.json: architectures is {_short(made)}; this family computes {architecture} only")
 
 
@@ -104,6 +130,8 @@ def no_window(config: Mapping[str, Any]) -> int:
         used = _short(config["use_sliding_window"])
         raise SpecError(f"config.json: use_sliding_window is {used}; this family computes False only")
     layers = config.get("layer_types")
+    if layers is not None and not isinstance(layers, list):
+        raise SpecError(f"config.json: layer_types is {_short(layers)}; it must be a list of each layer's, or null")
     if layers and any(kind != "full_attention" for kind in layers):
         raise SpecError(f"config.json: layer_types is {_short(layers)}; this family computes 'full_attention' only")
     count = config.get("num_hidden_layers", config.get("n_layer"))

@@ -33,6 +33,8 @@ class Llama(Family):
     name = "llama"
     model_type = "llama"
     architecture = "LlamaForCausalLM"
+    hf_defaults: Mapping[str, Any] = {}
+    """What transformers takes for keys that a config.json does not have, where that is not what null means."""
 
     def check(self, model: ModelSpec) -> None:
         if model.size_of_head % 2:
@@ -126,6 +128,7 @@ class Llama(Family):
         return no_window(config)
 
     def from_hf_config(self, config: Mapping[str, Any]) -> ModelSpec:
+        config = {**self.hf_defaults, **config}
         config_only(
             config, self.architecture, {"model_type": (self.model_type,), "hidden_act": ("silu", "swish", None)}
         )

@@ -17,6 +17,7 @@ class Mistral(Llama):
     model_type = "mistral"
     architecture = "MistralForCausalLM"
     windows = True
+    hf_defaults: Mapping[str, Any] = {"num_key_value_heads": 8, "sliding_window": 4096}
 
     def to_hf_config(self, model: ModelSpec) -> dict[str, Any]:
         plain = super().to_hf_config(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.models.base import Builder, Const, Tensor, View
@@ -17,6 +18,7 @@ class Qwen3(Llama):
     name = "qwen3"
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
+    hf_defaults: Mapping[str, Any] = {"num_key_value_heads": 32, "head_dim": 128}
 
     def layer_tensors(self, model: ModelSpec) -> tuple[Tensor, ...]:
         norm = (model.size_of_head,)  # one vector for all heads of a layer

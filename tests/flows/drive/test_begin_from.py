@@ -184,6 +184,9 @@ def test_a_run_that_began_by_itself_or_from_other_weights_is_left_alone(
     [
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html>", "a page of HTML"),
+        (b"PK\3\4 pytorch_model", "is a zip archive, such as torch.save's: a pickle"),
+        (b"\x80\x02}q.", "is a pickle, which is not opened"),
+        (b"GGUF\3\0\0\0", "is of llama.cpp, whatever its name"),
         (b"short", "not safetensors, or was cut short"),
         (b"\xff" * 8 + b"{}", "not safetensors, or was cut short"),
         (b"\x02\0\0\0\0\0\0\0[]", "is no map"),
@@ -204,6 +207,22 @@ def test_files_that_are_none_are_named(tmp_path: Path, data: bytes, says: str) -
     (tmp_path / "model.safetensors").write_bytes(data)
     with pytest.raises(NoWeights, match=says):
         read_folder(tmp_path)
+
+
+def test_what_no_program_writes_is_damaged_and_what_some_write_is_read(tmp_path: Path) -> None:
+    """No gap between tensors; but tensors of no elements, and of types that are none of the weights'."""
+
+    def write(**tensors: tuple[str, list[int], int, int]) -> None:
+        rows = {n: {"dtype": d, "shape": s, "data_offsets": [a, b]} for n, (d, s, a, b) in tensors.items()}
+        head = json.dumps(rows).encode()
+        end = max(b for *_, b in tensors.values())
+        (tmp_path / "model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(end))
+
+    write(a=("F32", [2], 0, 8), b=("F32", [2], 12, 20))
+    with pytest.raises(NoWeights, match=r"'b' lies 4 bytes behind the last: it is damaged"):
+        read_folder(tmp_path)
+    write(a=("F32", [2], 0, 8), none=("F32", [0], 0, 0), mask=("BOOL", [3], 8, 11), code=("F8_E4M3", [1], 11, 12))
+    assert {n: t.elements for n, t in read_folder(tmp_path).items()} == {"a": 2, "none": 0, "mask": 3, "code": 1}
 
 
 def test_a_link_to_weights_that_are_not_there_is_named(tmp_path: Path) -> None:

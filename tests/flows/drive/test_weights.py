@@ -15,7 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from checkpoint.safetensors import NoWeights
 from checkpoint.store import Store, open_store
+from flows.cli.from_config import spec_text
 from flows.data import load_tokenizer
 from flows.drive.begin import prepare_run
 from flows.drive.their_tokenizer import end_of
@@ -37,6 +39,16 @@ def poison(name: str, value: float) -> Change:
         arrays[name].reshape(-1)[5] = value
 
     return change
+
+
+def adapter(folder: Path, *_: object) -> None:
+    told = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+
+
+def renamed(arrays: Arrays, before: str) -> None:
+    for name in list(arrays):
+        arrays[before + name] = arrays.pop(name)
 
 
 def other_tokenizer(folder: Path, *_: object) -> None:
@@ -93,6 +105,18 @@ WRONG: list[tuple[str, Change, str, int]] = [
     ("no number", lambda f, a, c: c.update({"n_layer": "2"}), "n_layer is '2', it must be a whole number", 78),
     ("code", lambda f, a, c: c.update({"auto_map": {"AutoModel": "x"}}), "this version computes models without", 78),
     ("vocabulary", long_tokenizer, "the tokenizer has 320 tokens, the weights of .* have rows for 307", 65),
+    ("an adapter beside", adapter, r"an adapter beside a model \(adapter_config.json: LORA for .gpt2.\), .* merge", 65),
+    ("turned over", lambda f, a, c: a.update({n: v.T.copy() for n, v in a.items() if "c_attn.weight" in n}),
+     r"c_attn.weight is 90 x 30, .* they are turned over", 78),
+    ("other layers", lambda f, a, c: c.update({"n_layer": 1}), "says 1 layers, the files have 2: write that", 78),
+    ("nothing of it", lambda f, a, c: a.update({"transformer.ln_f.bias": np.ones(0, "<f4")}), "ZeRO-3 had on", 78),
+    ("a value head", lambda f, a, c: a.update({"v_head.weight": np.ones((1, 30), "<f4")}), "take a model without", 78),
+    ("another's wrapper", lambda f, a, c: renamed(a, "model."), "names begin with 'model.': write them without it", 78),
+    ("an adapter's", lambda f, a, c: renamed(a, "base_model.model."), "an adapter is beside them, merge it", 78),
+    ("quantised, no word", lambda f, a, c: a.update({"transformer.ln_f.bias": np.ones(30, "i1")}),
+     "ln_f.bias .* is of type I8; .* these are quantised", 78),
+    ("two of them", lambda f, a, c: (a.pop("transformer.ln_f.bias"), (f / "model.safetensors.index.json").touch()),
+     "model.safetensors was read, .* remove it if the files of model.safetensors.index.json", 78),
     ("no tokenizer", lambda f, a, c: (f / "tokenizer.json").unlink(), "has no tokenizer.json", 65),
     ("no text", lambda f, a, c: (f / "tokenizer.json").write_bytes(b"\xff\xfe"), "does not load", 65),
 ]  # fmt: skip
@@ -124,18 +148,43 @@ def test_what_cannot_be_a_model_here_is_refused_and_nothing_is_written(
         ("model-00001-of-00002.safetensors", "is one of several files, whose index is missing"),
         ("adapter_model.safetensors", "is an adapter, not a model"),
         ("model-q4.gguf", "is of llama.cpp"),
+        ("model.onnx", "is of ONNX"),
+        ("params.json", "is of a model in its maker's form"),
+        ("__0_0.distcp", "is of a sharded checkpoint of torch"),
+        ("zero_to_fp32.py", "is of a sharded checkpoint of DeepSpeed"),
         ("weights.safetensors", "is weights under a name of their own"),
     ],
 )
 def test_a_folder_without_weights_says_what_lies_there(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(NoWeights, match=re.escape(f"{tmp_path} has no config.json: {name} {says}")):
+        spec_text(tmp_path)
     for file in ("config.json", "tokenizer.json"):
         shutil.copy(IMPORT / "gpt2-untied-f32" / file, tmp_path / file)
-    (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
     code, said = called(
         ["import", str(tmp_path), "--store", f"file://{tmp_path}/store", "-o", str(tmp_path / "x.toml")]
     )
     assert code == 65
     assert f"{name} {says}" in said
+
+
+@pytest.mark.parametrize(
+    ("below", "link", "says"),
+    [
+        ("checkpoint-500", "", "a model lies below it: give the folder .*/checkpoint-500"),
+        ("snapshots/0a1b", "", "a model lies below it: give the folder .*/snapshots/0a1b"),
+        ("", "config.json", "config.json is a link to gone, which is not there"),
+        ("", "", "it is empty; download the model again"),
+    ],
+)
+def test_a_folder_that_is_no_models_says_where_one_is(tmp_path: Path, below: str, link: str, says: str) -> None:
+    if below:
+        (tmp_path / below).mkdir(parents=True)
+        (tmp_path / below / "config.json").write_text("{}")
+    if link:
+        (tmp_path / link).symlink_to("gone")
+    with pytest.raises(NoWeights, match=f"has no config.json: {says}"):
+        spec_text(tmp_path)
 
 
 def test_a_pointer_of_git_lfs_is_none_of_the_weights(tmp_path: Path) -> None:
@@ -173,13 +222,20 @@ def test_names_with_a_wrappers_word_before_them_are_the_models(imported: Importe
         ("gpt2", "'gpt2' is no folder here, .* hf download gpt2 --local-dir DIR"),
         ("tokenizer.json", "'tokenizer.json' is a file; give the folder that it lies in: ."),
         ("a" * 5000, "a' is no folder here, "),  # no path that there can be
+        ("https://hub.example/openai/gpt2/tree/main", "comes by: hf download openai/gpt2 --local-dir DIR"),
+        ("hf:gpt2", "comes by: hf download gpt2 --local-dir DIR"),
+        ("s3://bucket/model", "is an address, .* fetch the model, and give its folder"),
+        ("/none/model", "is no folder here; give the folder that holds"),
+        ("", "is no folder here; give the folder that holds"),
+        ("model.zip", "is an archive; unpack it"),
     ],
 )
 def test_what_is_no_folder_is_told_with_the_mend(
     argument: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "model.zip"):
+        (tmp_path / name).write_text("{}")
     code, said = called(["import", argument])
     assert code == 2
     assert re.search(says, said), said
