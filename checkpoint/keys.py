@@ -45,9 +45,14 @@ from checkpoint.errors import Damaged, StoreRefused
 _RUN = re.compile(r"[a-z0-9]([a-z0-9-]{0,98}[a-z0-9])?\Z")
 
 
+def is_run(name: str) -> bool:
+    """Whether a run can have this name."""
+    return _RUN.match(name) is not None
+
+
 def check_run(run: str) -> str:
     """The run's name, or StoreRefused where it is not lower-case letters, digits and dashes."""
-    if _RUN.match(run) is None:
+    if not is_run(run):
         raise StoreRefused(f"run {run[:100]!r}: must be lower-case letters, digits and inner dashes, 100 at most")
     return run
 

@@ -2,7 +2,7 @@
 
 A text that begins with ``file://``, ``file:/``, ``s3://`` or another scheme and ``://`` is a URL; ``memory:`` is the
 store in memory; everything else is the path of a folder, taken literally whatever it holds, but for a ``~`` at the
-beginning, and for what begins like an address and is none (``s3:/b``, quotes around one): that is refused.
+beginning. What begins like an address and is none (``s3:/b``), with a blank, or has quotes around it is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from checkpoint.errors import StoreRefused
 
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|file:/|memory:\Z)", re.IGNORECASE)
 _ALMOST = re.compile(r"[\s\"'<]*(?:s3[an]?|arn|gs|gcs|az|abfss?|https?|hdfs|file|memory):", re.IGNORECASE)
+_WRAPPED = re.compile(r"\s|([\"']).+\1\Z", re.DOTALL)
+"""Blanks before a path or quotes around it: a shell takes them off, a file of environment variables does not."""
 _CONTROL = re.compile(r"[\0-\x20\x7f]")
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
@@ -38,6 +40,11 @@ def address(text: str) -> str:
         raise StoreRefused(
             f"store {text.rpartition('@')[2]!r} is no address, and begins like one: write s3://bucket/prefix or "
             "file:///absolute/path, without blanks or quotes around it; for a folder of that name put ./ before it"
+        )
+    if _WRAPPED.match(text):
+        raise StoreRefused(
+            f"store {text!r}: write the path without blanks before it or quotes around it; for a folder of that name "
+            "put ./ before it"
         )
     if text.startswith("~") and os.path.expanduser(text) == text:
         raise StoreRefused(

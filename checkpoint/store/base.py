@@ -144,12 +144,17 @@ class Store(Protocol):
         """Where the object's bytes lie as a file on this machine, if they do; read only."""
 
 
+def is_name(text: str) -> bool:
+    """Whether it can be a part of a key."""
+    return _NAME.match(text) is not None
+
+
 def check_key(key: str) -> str:
     """The key itself, or StoreRefused: relative, of plain names, without '.', '..' or hidden parts."""
     if not isinstance(key, str) or not key or len(key.encode("utf-8", "surrogatepass")) > MAX_KEY_BYTES:
         raise StoreRefused(f"object key {str(key)[:80]!r}: must have 1 to {MAX_KEY_BYTES} bytes")
     for name in key.split("/"):
-        if _NAME.match(name) is None:
+        if not is_name(name):
             raise StoreRefused(
                 f"object key {key[:200]!r}: {name[:80]!r} is not a plain name of letters, digits and ._+=@- "
                 "(200 at most, not starting with a dot); keys are relative paths of such names"

@@ -40,6 +40,7 @@ from checkpoint.store.base import (
     check_size,
     ignored,
     is_hint,
+    is_name,
 )
 from checkpoint.store.direct import PIECE_BYTES, DirectReads, DirectWrites, Reads, cached
 from checkpoint.store.limits import PACED_BYTES, SLICE_BYTES, Rate
@@ -281,7 +282,7 @@ class FileStore:
             self._check_root(error)
             return
         for name in names:  # a folder sorts by its name with the slash: byte order of the keys
-            if name.startswith("."):
+            if not is_name(name.removesuffix("/")):  # no object's: a tool's copy, a name of our own that is hidden
                 continue
             key = folder + name
             if not (key.startswith(prefix) or prefix.startswith(key)):

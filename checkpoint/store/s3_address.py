@@ -82,8 +82,13 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
             _ = at.port
         except ValueError as error:
             raise StoreRefused(f"store {shown}: the endpoint must be http://host:port: {error}") from error
-        if at.scheme not in ("http", "https") or not at.hostname or at.path not in ("", "/") or at.query or at.fragment:
+        if at.scheme not in ("http", "https") or not at.hostname or at.query or at.fragment:
             raise StoreRefused(f"store {shown}: the endpoint must be http://host:port or https://host:port")
+        if at.path.strip("/"):
+            raise StoreRefused(
+                f"store {shown}: the endpoint has the path {at.path[:80]!r}, and servers of S3 answer at their root: "
+                f"write {at.scheme}://{at.netloc}, without it; folders belong to s3://bucket/prefix"
+            )
     style = options.get("path_style", "1" if endpoint else None)
     if style not in ("0", "1", None):
         raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")

@@ -78,7 +78,7 @@ def _wish(
     return Wish(rollback_to, skip, lr_scale, from_step, steps)
 
 
-STATES = ("planned", "open", "succeeded", "gave up", "cancelled", "parked")
+STATES = ("planned", "open", "succeeded", "gave up", "cancelled", "parked", "unreadable")
 
 
 class Since(click.ParamType[float]):

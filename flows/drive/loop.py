@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from checkpoint.codec import short
+from checkpoint.curve import Curve
 from checkpoint.errors import CheckpointError, Conflict, StoreError, StoreRefused, StoreUnavailable
 from checkpoint.log import AttemptInfo, RunLog, RunState, ended_body
 from checkpoint.store import Pace, Store
@@ -31,7 +32,7 @@ from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.foreseen import pass_steps, plan_shares
 from flows.drive.health import Health
 from flows.drive.history import avoided
-from flows.drive.hours import HOUR, worked
+from flows.drive.hours import worked
 from flows.drive.launches import alive_nodes, choose_launch, loss_of, next_launch, placed, still_stops, was_stopped
 from flows.drive.line import ordered_back
 from flows.drive.live import MetricsReader, StatusReader, load_curve
@@ -137,7 +138,7 @@ class Driver:
     _view: tuple[RunState, LogView] | None = None
     _layouts: tuple[RunLayout, ...] = ()
     _health: Health = field(default_factory=Health)
-    _worked: tuple[tuple[int, bool], float] | None = None
+    _curve: Curve | None = None  # where hours are limited
     _hours: float = 0.0
 
     def __post_init__(self) -> None:
@@ -245,7 +246,7 @@ class Driver:
             reached=view.state != "elsewhere",
             stop=self.stop.is_set(),
             exploded=self._health.explosion,
-            hours=self._device_hours(state, nodes),
+            hours=self._device_hours(state),
         )
         if view.note:
             self._teller.phase("attached" if seen.reached else "elsewhere", view.note, key=("launch", view.note))
@@ -440,19 +441,13 @@ class Driver:
         for symptom in self._health.see(line):
             self._teller.tell("health", **symptom.facts())
 
-    def _device_hours(self, state: RunState, nodes: list[NodeView]) -> float:
-        """That devices have worked for the run, where there is a limit: of attempts that are over by the index."""
-        newest = state.newest_attempt
-        if not self.prepared.spec.limits.device_hours or newest is None:
+    def _device_hours(self, state: RunState) -> float:
+        """That devices have worked for the run, where there is a limit: by the index, and what was said since."""
+        if not self.prepared.spec.limits.device_hours:
             return 0.0
-        live = any(r.step > 0 and not r.ended for n in nodes if n.epoch == newest.epoch for r in n.ranks)
-        if self._worked is None or self._worked[0] != (newest.epoch, live):
-            curve = load_curve(self.store, self.prepared.run)
-            past = state.attempts[:-1] if live else state.attempts
-            hours = worked(past, curve.rows if curve is not None else {}, dict(ordered_back(state))).used
-            self._worked = (newest.epoch, live), hours
-        more = newest.ranks * max(0.0, time.time() - newest.time) / HOUR if live else 0.0
-        self._hours = max(self._hours, self._worked[1] + more)  # the index may be behind
+        if self._curve is None:
+            self._curve = load_curve(self.store, self.prepared.run) or Curve()
+        self._hours = max(self._hours, worked(state.attempts, self._curve, dict(ordered_back(state))).used)
         return self._hours
 
     def _evaluate_last(self, evaluating: Evaluating, state: RunState) -> None:
@@ -471,5 +466,7 @@ class Driver:
                 state, self._metrics.poll([a.epoch for a in state.attempts[-2:]], last=last)
             ):
                 self._examine(line)
+                if self._curve is not None:
+                    self._curve.add(line, 0)
         self._teller.nodes(state, nodes)
         self._teller.checkpoints(state)

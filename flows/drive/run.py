@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from checkpoint.amendments import NONE, Amendments
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import Damaged, NotFound
-from checkpoint.keys import INDEX, index_key, plan_key, spec_key
+from checkpoint.keys import INDEX, index_key, is_run, plan_key, spec_key
 from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.read import refuse_newer
@@ -260,9 +260,9 @@ def still_read(store: Store, prepared: Prepared, attempt: AttemptInfo) -> bool:
 
 
 def run_names(store: Store) -> Iterator[str]:
-    """Every run of the store, by name."""
-    for info in store.list(INDEX):
-        yield info.key.removeprefix(INDEX)
+    """Every run of the store, by name. What else lies there (a copy that a tool made beside a name) is none."""
+    names = (info.key.removeprefix(INDEX) for info in store.list(INDEX))
+    return filter(is_run, names)
 
 
 def find_run(store: Store, name: str) -> str:

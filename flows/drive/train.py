@@ -12,6 +12,8 @@ The run does not depend on this process: kill it, and ``hotstage runs resume`` (
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +41,8 @@ from trainer.folders import data_folder
 from trainer.launch import Launch, Launcher, Watching
 from trainer.local_launch import LocalLauncher
 from trainer.spec import RunSpec, how_map, load_spec, parse_spec
+
+log = logging.getLogger(__name__)
 
 OUT = Path("out")
 
@@ -175,6 +179,16 @@ class Run:
     def stop(self) -> None:
         self.driver.stop.set()
 
+    def left(self) -> None:
+        """This process ends: say what becomes of a run that has not."""
+        if not self._done.is_set():
+            log.warning(
+                "this program ends, and run %s has not: nobody drives it from here on. Call wait() or result() of what "
+                "flows.train gave, to stay until its end; `hotstage runs resume %s` goes on",
+                self.name,
+                self.name,
+            )
+
     def cancel(self, reason: str = "cancelled by the user") -> None:
         cancel(self.store, self.name, reason)
 
@@ -211,7 +225,14 @@ def train(
     the_store = _opened(store)
     run_spec = _spec_of(spec, _several(sets))
     prepared = place_order(the_store, prepare_run(run_spec, the_store, say=say), Asked("flows.train"))
-    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=Path(out))).start()
+    return _started(prepared, the_store, sink, out)
+
+
+def _started(prepared: Prepared, store: Store, sink: Sink | None, out: str | Path) -> Run:
+    """Driven; a program that ends before the run is told so."""
+    run = Run(prepared, store, make_driver(prepared, store, sink=sink, out=Path(out))).start()
+    atexit.register(run.left)
+    return run
 
 
 def _opened(store: str | Path | Store | None) -> Store:
@@ -245,4 +266,4 @@ def resume(
     prepared = place_order(
         the_store, ask_run(the_store, run, _several(sets)), Asked("flows.resume", again=True, wish=wish or Wish())
     )
-    return Run(prepared, the_store, make_driver(prepared, the_store, sink=sink, out=Path(out))).start()
+    return _started(prepared, the_store, sink, out)

@@ -1,8 +1,8 @@
 """A command of the user's on an exported checkpoint: run with a time limit, ended whole, its numbers read.
 
 Whatever it does costs the run nothing: a command that cannot start, fails, hangs or says nothing that can be read gives
-a `Ran` that says why. It runs in a session of its own; at the time limit, or where this process is to leave, every
-process of that session's group is killed.
+a `Ran` that says why. It runs in a session of its own; at the time limit, where this process is to leave, and where it
+is killed, every process of that session's group is killed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -26,6 +27,8 @@ from trainer.spec_watch import EvalSpec
 RESULT_BYTES = 16 << 20
 TAIL_BYTES = 64 << 10
 LOOK_S = 0.05
+_WATCHED = 'exec 3<&0 </dev/null; ((read -r _ <&3; kill -KILL 0) >/dev/null 2>&1 &) ; exec 3<&-; exec "$@"'
+"""The command, and beside it one of its group, no child of its, that ends the group when our end of the pipe closes."""
 SECTIONS = ("results", "metrics")
 """Where a JSON file's top level has one of these as a map, the numbers are those of it alone."""
 
@@ -120,9 +123,15 @@ def _parsed(text: str, what: str) -> Any:
 
 def _run(words: Sequence[str], said: IO[bytes], timeout_s: float, stop: threading.Event) -> str:
     """Why it did not end well; empty where it did."""
+    if shutil.which(words[0]) is None:
+        return f"{words[0]} cannot be started: there is no such program" + ("" if "/" in words[0] else " in PATH")
     try:
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+            ["/bin/sh", "-c", _WATCHED, "sh", *words],
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
@@ -153,6 +162,8 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _tail(said: IO[bytes]) -> str:

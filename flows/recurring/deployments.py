@@ -151,13 +151,15 @@ class Deployments:
         """Take away every planned firing that has not started, also those that are late or wait their turn; how many.
         ``asked``: and those that a person asked for.
         """
-        gone = 0
-        while rows := [row for row in self.runs(deployment, "SCHEDULED") if asked or row["auto_scheduled"]]:
-            planned = [str(row["id"]) for row in rows]
+        gone: set[str] = set()
+        while True:
+            rows = [row for row in self.runs(deployment, "SCHEDULED") if asked or row["auto_scheduled"]]
+            planned = [str(row["id"]) for row in rows if row["id"] not in gone]  # others: it was told of them
+            if not planned:
+                return len(gone)
             body = {"flow_runs": {"id": {"any_": planned}}, "limit": len(planned)}
             self.client.send("POST", "/flow_runs/bulk_delete", body)
-            gone += len(planned)
-        return gone
+            gone.update(planned)
 
     def pause(self, deployment: UUID) -> None:
         self.client.send("POST", f"/deployments/{deployment}/pause_deployment", None)

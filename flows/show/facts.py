@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from checkpoint.curve import AttemptRow
+from checkpoint.curve import AttemptRow, Curve
 from checkpoint.errors import CheckpointError, NotFound
 from checkpoint.keys import traces_prefix
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
@@ -23,7 +23,7 @@ from flows.drive.telling import PARKED
 from flows.drive.train import store_at
 from flows.show.mixture import read_so_far
 from flows.show.report import AttemptFact, ReportFacts
-from trainer.errors import PlanError
+from trainer.errors import PlanError, TrainerError
 from trainer.models import family
 from trainer.models.base import tensor_table
 from trainer.plan.calibrate import fitted
@@ -45,7 +45,9 @@ TAILS = 8
 
 
 def state_word(state: RunState) -> str:
-    """Where a run stands, as far as the log alone says."""
+    """Where a run stands, as far as the log alone says; nobody knows where a record of it cannot be read."""
+    if state.unreadable and not state.newer:
+        return "unreadable"
     if state.ended and not opened_again(state):
         return PARKED if state.ended.outcome == "preempted" else state.ended.outcome.replace("_", " ")
     return "open" if state.attempts else "planned"
@@ -63,10 +65,10 @@ def summary(store: Store, run: str) -> dict[str, Any]:
     state = RunLog(store, run).fold(quick=True)
     newest, how = state.restore_candidates()[:1], ruling_how(state) or {}
     limits, launch, curve = how.get("limits") or {}, how.get("launch") or {}, load_curve(store, run)
-    hours = worked(state.attempts, curve.rows if curve is not None else {}, dict(ordered_back(state)))
+    hours = worked(state.attempts, curve or Curve(), dict(ordered_back(state)))
     try:
         steps = state.amendments.total(int(load_what(store, run)["train"]["steps"]))
-    except CheckpointError:
+    except (CheckpointError, TrainerError):
         steps = 0
     return {
         "run": run,

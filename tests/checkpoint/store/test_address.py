@@ -196,6 +196,13 @@ def test_what_begins_like_an_address_is_no_folder(text: str) -> None:
         store_at(text)
 
 
+@pytest.mark.parametrize("text", ['"/data/runs"', "'/data/runs'", "'runs'", " /data/runs", "\t/data"])
+def test_blanks_before_a_path_and_quotes_around_it(text: str) -> None:
+    """As a file of environment variables leaves them there."""
+    with pytest.raises(StoreRefused, match="without blanks before it or quotes around it"):
+        store_at(text)
+
+
 def test_a_home_folder_that_nobody_has() -> None:
     with pytest.raises(StoreRefused, match="there is no home folder of '~nobody-of-this-name'"):
         store_at("~nobody-of-this-name/runs")
@@ -207,6 +214,7 @@ def test_a_home_folder_that_nobody_has() -> None:
         ("s3://bucket//p//", "has no empty part .*: write s3://bucket/p$"),
         ("s3://bucket/a//b", "write s3://bucket/a/b$"),
         ("s3://bucket//", "write s3://bucket$"),
+        ("s3://bucket/p?endpoint=http://h:9000/minio/", "has the path '/minio/', .*: write http://h:9000, without it"),
         ("s3://bucket/p?region=", "option region has no value"),
         ("s3://bucket/p?region=a&region=b", "option region stands twice"),
         ("s3://bucket/a b", "store s3://bucket/a b: its prefix cannot be; .*'a b' is not a plain name"),

@@ -367,3 +367,14 @@ def test_a_file_system_without_direct_writes_gets_the_others(
     assert store.create("runs/r/chunks/c", data)
     assert sum(writes) == len(data)
     assert hashlib.sha256(store.get("runs/r/chunks/c")).digest() == hashlib.sha256(data).digest()
+
+
+def test_what_is_no_object_is_not_listed(tmp_path: Path) -> None:
+    """What a file manager or a tool of copies leaves in a folder."""
+    store = FileStore(tmp_path)
+    store.put("runs/r/live/a", b"1")
+    for name in ("a (conflicted copy)", ".DS_Store", "ä", "sp ace/b"):
+        path = tmp_path / "runs" / "r" / "live" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"2")
+    assert [info.key for info in store.list("runs/")] == ["runs/r/live/a"]

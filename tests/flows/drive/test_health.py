@@ -12,13 +12,14 @@ import pytest
 from checkpoint import keys
 from checkpoint.agent.status import NodeStatus, RankStatus
 from checkpoint.amendments import Amendments
-from checkpoint.curve import AttemptRow, Point
+from checkpoint.curve import AttemptRow, Curve, Point
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.drive.decide import decide
 from flows.drive.foreseen import pass_steps, plan_shares
 from flows.drive.health import IN_A_ROW, Health, Symptom
 from flows.drive.hours import worked
+from flows.drive.loop import Driver
 from flows.drive.run import Prepared
 from flows.drive.views import (
     AwaitStop,
@@ -39,6 +40,7 @@ from tests.checkpoint.samples import attempt_body, point_body
 from tests.flows.drive.decisions import POLICY, attempt, ended, running
 from tests.flows.drive.test_orders import Nodes, another, driven, small, state_of
 from trainer.dataset import Mixture
+from trainer.spec_watch import LimitsSpec
 from trainer.wire.order import MixPhase
 
 __all__ = ["small"]
@@ -311,13 +313,35 @@ def test_device_hours_and_those_that_were_lost(small: tuple[Store, Prepared]) ->
     body = attempt_body(ranks=2, restore={"checkpoint": 2, "step": 8, "slots": None})
     state = log.append("attempt", body, state)
     began = [a.time for a in state.attempts]
-    rows = {
-        1: row(1, (1, began[0] + 3600), (11, began[0] + 11 * 3600)),
-        3: row(3, (9, began[1] + 1800), (19, began[1] + 1800 + 10 * 3600)),
-    }
-    hours = worked(state.attempts, rows, {})
+    curve = Curve(
+        rows={
+            1: row(1, (1, began[0] + 3600), (11, began[0] + 11 * 3600)),
+            3: row(3, (9, began[1] + 1800), (19, began[1] + 1800 + 10 * 3600)),
+        }
+    )
+    hours = worked(state.attempts, curve, {})
     assert hours.used == pytest.approx(2 * 11 + 2 * 10.5)
     assert hours.lost == pytest.approx(2 * 1 + 2 * (0.5 + 3))
-    ordered = worked(state.attempts, rows, {3: 8})
+    ordered = worked(state.attempts, curve, {3: 8})
     assert ordered.lost == pytest.approx(2 * 1 + 2 * 0.5), "what an order left was not lost"
-    assert worked(state.attempts, {}, {}).used == 0.0
+    assert worked(state.attempts, Curve(), {}).used == 0.0
+
+
+def test_hours_in_which_machines_slept_are_nobody_s(small: tuple[Store, Prepared]) -> None:
+    """A laptop is closed for eight hours between two steps of 30 s each, and once more after the last one."""
+    store, prepared = small
+    log = RunLog(store, prepared.run, writer="driver", clock=lambda: 1000.0)
+    state = log.append("attempt", attempt_body(ranks=2), log.fold())
+    curve = Curve()
+    for step in range(1, 121):
+        at = 1000.0 + 30 * step + (8 * 3600 if step > 60 else 0)
+        curve.add(line(step, time=at, step_us=30e6), 0)
+    assert worked(state.attempts, curve, {}).used == pytest.approx(2.0)
+    slow = Curve()  # steps of which some take twice as long are no sleep
+    for step in range(1, 61):
+        slow.add(line(step, time=1000.0 + 60 * step, step_us=(30 if step % 2 else 90) * 1e6), 0)
+    assert worked(state.attempts, slow, {}).used == pytest.approx(2.0)
+    prepared = replace(prepared, spec=prepared.spec.model_copy(update={"limits": LimitsSpec(device_hours=3.0)}))
+    driver = Driver(prepared, store, Nodes(), lambda *_: None)  # type: ignore[arg-type,return-value]
+    store.put(keys.curve_key(prepared.run), curve.to_bytes())
+    assert driver._device_hours(state) == pytest.approx(2.0), "of a run whose machines are off since"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import tomllib
 from collections.abc import Callable, Mapping
@@ -33,3 +34,15 @@ def test_a_spec_and_a_store_in_every_form(
             assert (run.name, run.result().state_digest) == (trained.run, trained.digest)
         with pytest.raises(SpecError, match="no_such"):
             flows.train(form("spec.toml"), store=store, sets=["no_such=1"])
+
+
+def test_a_program_that_ends_before_its_run_is_told_so(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
+    with contextlib.chdir(trained.place.folder):
+        before = atexit._ncallbacks()
+        run = flows.train("spec.toml", store=trained.place.env["HOTSTAGE_STORE"], out="out")
+        assert run.wait(60)
+    assert atexit._ncallbacks() == before + 1
+    run.left()
+    assert not caplog.messages
+    flows.Run(run.prepared, run.store, run.driver).left()  # as long as it has not ended
+    assert f"run {trained.run} has not: nobody drives it from here on. Call wait()" in caplog.text

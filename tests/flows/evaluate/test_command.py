@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def test_what_fails_says_why(tmp_path: Path, script: str, why: str) -> None:
 def test_what_cannot_be_started_says_why(tmp_path: Path) -> None:
     spec = EvalSpec(command=("no-such-program", "{model}"))
     found = run_command(spec, tmp_path, FACTS, threading.Event())
-    assert found.why == "no-such-program cannot be started: No such file or directory"
+    assert found.why == "no-such-program cannot be started: there is no such program in PATH"
 
 
 def test_what_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
@@ -82,6 +84,25 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
     assert found.numbers == {"a": 1.0}
     pid = int((tmp_path / "pid").read_text())
     wait_for(lambda: not alive(pid), "the end of what the command left behind")
+
+
+def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Also where that is killed, with what it started itself; it has no child that it did not start."""
+    script = f"sleep 600 & echo $$ $! > {tmp_path}/part; mv {tmp_path}/part {tmp_path}/pids; wait"
+    work = (
+        "import threading; from pathlib import Path; from flows.evaluate.command import run_command\n"
+        "from trainer.spec_watch import EvalSpec\n"
+        f"run_command(EvalSpec(command=('sh', '-c', {script!r}, '{{model}}')), Path('.'), {{}}, threading.Event())"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", work])
+    try:
+        wait_for((tmp_path / "pids").exists, "the command")
+        pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
+        assert Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text().split() == [str(pids[1])]
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not any(map(alive, pids)), "the end of the command and of what it started")
 
 
 def test_it_is_left_on_request(tmp_path: Path) -> None:

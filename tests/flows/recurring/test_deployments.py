@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
-from uuid import UUID
+from typing import Any, cast
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
@@ -223,6 +223,19 @@ def test_an_ended_schedule_leaves_no_firing_behind(
     assert deployment(prefect, "ends")["schedules"][0]["active"] is True
     again.end()
     assert not of(prefect, "ends", "SCHEDULED")
+
+
+def test_firings_that_a_server_shows_when_they_are_gone_are_taken_away_once() -> None:
+    """One that lists by an older copy of its database."""
+    asked: list[str] = []
+
+    class Behind:
+        def send(self, _method: str, path: str, _body: Any) -> httpx.Response:
+            asked.append(path)
+            return httpx.Response(200, json=[{"id": "1", "auto_scheduled": True}])
+
+    assert Deployments(cast("Client", Behind())).clear(uuid4()) == 1
+    assert asked.count("/flow_runs/bulk_delete") == 1
 
 
 def test_schedules_are_listed_paused_resumed_and_removed(
