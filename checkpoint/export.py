@@ -116,7 +116,8 @@ def export_safetensors(
     """Write the ``texts`` (``{"config.json": ..., "tokenizer.json": ...}``) and the weights beside them; where the
     weights begin (of several files: their index).
 
-    Files appear whole or not at all, the weights after the texts, their index last. Damaged where the checkpoint's
+    Files appear whole or not at all, the weights after the texts, their index last; in a folder all at once, so that
+    an older export is replaced whole or stays. Damaged where the checkpoint's
     bytes are not what was saved, StoreUnavailable where the disk is full, StoreRefused where the target cannot be
     written or holds another model's weights.
     """
@@ -150,6 +151,7 @@ def export_safetensors(
         if len(files) > 1:
             data = (json.dumps(index, indent=2) + "\n").encode()
             where = target.write(INDEX, [data], len(data), state)
+        target.finish()
     except BaseException:
         target.undo()
         raise

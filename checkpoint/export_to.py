@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.errors import StoreError, StoreRefused, StoreUnavailable
 from checkpoint.store.address import address, folder_of
-from trainer.wire.files import kept
+from trainer.wire.files import Together
 
 if TYPE_CHECKING:
     from checkpoint.store.s3 import S3Store
@@ -26,6 +27,8 @@ _NO_FOLDER = {
 RUN_MARK = "hotstage_run"
 """Of the run, in the header of exported weights; it stands at the beginning."""
 _HEAD_BYTES = 512
+ADAPTER = re.compile(r"adapter_(config\.json|model\..*)")
+"""Files by which a folder holds an adapter of a model."""
 Buffer = bytes | bytearray | memoryview
 """Contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
 
@@ -40,27 +43,32 @@ class Destination(Protocol):
     def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
         """The file, of ``size`` bytes, from a checkpoint of this state digest; its address."""
 
+    def finish(self) -> None:
+        """After the last file."""
+
     def undo(self) -> None:
         """It cannot be written whole: what is left would be taken for an export goes, as far as that is sure."""
 
 
 class Folder:
-    """A folder of this machine. An older export of a run is replaced; files that somebody else put there are not."""
+    """A folder of this machine. An older export of a run is replaced; files that somebody else put there are not.
+
+    Files get their names once all are written: whatever fails before, an older export stays as it was, and no file of
+    one lies beside those of the other.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._there, self._written = set[str](), list[str]()
+        self.path, self._files = path, Together(path)
 
     def begin(self, names: Sequence[str], weights: str) -> None:
         try:
             there = os.listdir(self.path)
-            self._there = set(there)
         except (FileNotFoundError, NotADirectoryError):
             return  # it is made, or writing says why not
         except OSError as error:
             raise _refusal(self.path, error) from error
         refuse_others(str(self.path), there, names, weights)
-        replaced = sorted(self._there & set(names))
+        replaced = sorted(set(there) & set(names))
         if replaced and not any(_exported(self.path / name) for name in replaced if name.endswith(".safetensors")):
             raise StoreRefused(
                 f"{self.path} holds {replaced[0]}{' and more' if len(replaced) > 1 else ''} that no export of a run "
@@ -68,15 +76,20 @@ class Folder:
             )
 
     def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
-        path = write_pieces(self.path / name, pieces)
-        self._written.append(name)
-        return str(path)
+        try:
+            return str(self._files.write(name, pieces))
+        except OSError as error:
+            raise _refusal(self.path / name, error) from error
+
+    def finish(self) -> None:
+        try:
+            self._files.finish()
+        except OSError as error:
+            raise _refusal(self.path, error) from error
 
     def undo(self) -> None:
         with contextlib.suppress(OSError):  # the first error is told
-            for name in self._written:
-                if name not in self._there:
-                    os.unlink(self.path / name)
+            self._files.undo()
 
 
 def _exported(path: Path) -> bool:
@@ -92,11 +105,14 @@ class Bucket:
     """Under a prefix of a bucket. Nothing is replaced: what is there of the same checkpoint stays, so that an export
     that was interrupted goes on; something else is refused."""
 
-    def undo(self) -> None:
-        """The next one goes on from there."""
-
     def __init__(self, store: S3Store) -> None:
         self.store = store
+
+    def finish(self) -> None:
+        """Each file is there since it was written."""
+
+    def undo(self) -> None:
+        """The next one goes on from there."""
 
     def begin(self, names: Sequence[str], weights: str) -> None:
         there = [info.key for info in self.store.list(weights) if "/" not in info.key]
@@ -129,25 +145,19 @@ def target(text: str) -> Destination:
 
 
 def refuse_others(where: str, there: Iterable[str], names: Sequence[str], weights: str) -> None:
-    """StoreRefused where other files are there that would be taken for weights of these."""
+    """StoreRefused where other files are there that would be taken for weights of these, or for what changes them."""
+    there = list(there)
+    if adapter := next((name for name in sorted(there) if ADAPTER.fullmatch(name)), None):
+        raise StoreRefused(
+            f"{where} holds an adapter ({adapter}), with which others would open these weights: remove it, or choose "
+            "another folder with -o"
+        )
     others = sorted(n for n in there if n.startswith(weights) and ".safetensors" in n and n not in names)
     if others:
         raise StoreRefused(
             f"{where} holds {others[0]}{' and more' if len(others) > 1 else ''} of another export, which would be "
             "opened in place of this one: remove it, or choose another folder with -o"
         )
-
-
-def write_pieces(path: Path, pieces: Iterable[Buffer]) -> Path:
-    """Write the pieces to a temporary file, fsync it, move it to its name; nothing stays where it fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with kept(path, durable=True) as file:
-            for piece in pieces:
-                file.write(piece)
-    except OSError as error:
-        raise _refusal(path, error) from error
-    return path
 
 
 def _refusal(path: Path, error: OSError) -> StoreError:

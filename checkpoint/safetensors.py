@@ -19,9 +19,9 @@ from typing import Any
 
 from checkpoint.errors import StoreRefused
 from checkpoint.export import DTYPES, INDEX, MAX_HEADER_BYTES, WEIGHTS
+from checkpoint.export_to import ADAPTER
 
 MAX_TENSORS = 1 << 20
-ADAPTER = re.compile(r"adapter_(config\.json|model\..*)")
 SIZES = DTYPES | {"BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 """Bytes of an element of every type whose elements are whole bytes: what a type is good for is the caller's."""
 

@@ -32,7 +32,7 @@ from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
 from trainer.spec_data import MAX_VOCAB_SIZE, DataSpec
 from trainer.spec_fields import MAX_INT32, RULES, shown
-from trainer.spec_hints import hint_of, not_utf8, toml_problem, written_as
+from trainer.spec_hints import hint_of, not_utf8, toml_problem, value_meant, written_as
 from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
     HOW_OF_WHAT,
@@ -344,7 +344,7 @@ def explain(details: ErrorDetails) -> list[str]:
     where = ".".join(part for part in place if part != "int" and not part.startswith("tuple["))  # forms of one key
     context = details.get("ctx", {})
     if kind == "extra_forbidden":
-        return [_unknown_key(tuple(str(part) for part in details["loc"]))]
+        return [_unknown_key(tuple(str(part) for part in details["loc"]), isinstance(details["input"], Mapping))]
     if kind == "missing":
         return [f"{where} is missing; it has no default: add it"]
     if kind in _BOUNDS:
@@ -361,7 +361,8 @@ def explain(details: ErrorDetails) -> list[str]:
     if kind in _TYPES:
         return [f"{where} {value} is not {_TYPES[kind]}; {written_as(where, _TYPES[kind], details['input'])}"]
     if kind == "literal_error":
-        return [f"{where} {value} is unknown; take one of {context['expected']}"]
+        meant = value_meant(details["input"], re.findall("'([^']*)'", context["expected"]))
+        return [f"{where} {value} is unknown; take one of {context['expected']}{meant}"]
     if kind == "string_pattern_mismatch":
         return [f"{where} {value} is no name; take {RULES[context['pattern']]}"]
     if kind == "value_error":
@@ -381,7 +382,7 @@ def _section(loc: Sequence[int | str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _unknown_key(loc: tuple[str, ...]) -> str:
+def _unknown_key(loc: tuple[str, ...], section: bool) -> str:
     model: type[BaseModel] = RunSpec
     for part in loc[:-1]:
         if part.isdigit():
@@ -389,7 +390,8 @@ def _unknown_key(loc: tuple[str, ...]) -> str:
         model = _section_of(model.model_fields[part]) or model
     keys = list(model.model_fields)
     near = difflib.get_close_matches(loc[-1], keys, n=1)
-    elsewhere = [".".join(p) for p in _paths(RunSpec) if p[-1] == loc[-1]]
+    paths = {p[:n]: None for p in _paths(RunSpec) for n in (range(1, len(p)) if section else (len(p),))}
+    elsewhere = [".".join(p) for p in paths if p[-1] == loc[-1]]
     hint = f"did you mean {near[0]}?" if near else f"it belongs at {elsewhere[0]}" if elsewhere else "remove it"
     if not elsewhere:
         hint = hint_of(loc[-1]) or hint

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _LR, _STEPS, _WARMUP = "train.optimizer.lr", "train.steps", "train.schedule.warmup"
 _ACCUMULATED = "train.batch, sequences a step, of which train.microbatch are computed at a time"
@@ -71,6 +71,27 @@ def hint_of(name: str) -> str | None:
     return _THEIRS.get(name.lower().replace("-", "_"))
 
 
+_VALUES: Mapping[str, str] = {
+    "bfloat16 bf16mixed bf16true": "bf16",
+    "float32 f32 single 32true": "fp32",
+    "float8 f8 fp8e4m3 float8e4m3fn": "fp8",
+    "float16 fp16 f16 half 16mixed 16true": "bf16",
+}
+_ALSO = {name: value for names, value in _VALUES.items() for name in names.split()}
+
+
+def value_meant(value: object, known: Sequence[str]) -> str:
+    """Which of the known words was meant, as the end of a refusal; empty where that is not sure.
+
+    >>> value_meant("BFloat16", ("fp32", "bf16")), value_meant("LlamaForCausalLM", ("gpt2", "llama"))
+    (": write 'bf16'", ": write 'llama'")
+    """
+    plain = re.sub(r"[^a-z0-9]", "", str(value).lower())
+    plain = _ALSO.get(plain, re.sub("(forcausallm|lmheadmodel)$", "", plain))
+    found = next((word for word in known if re.sub(r"[^a-z0-9]", "", word) == plain), None)
+    return f": write {found!r}" if found else ""
+
+
 _UNITS = {"_mb_s": "MB/s", "_gib": "GiB", "_mib": "MiB", "_s": "seconds"}
 
 
@@ -101,15 +122,18 @@ def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
 
 
 _LINES: tuple[tuple[str, str], ...] = (
+    (r"---\s*$", "that begins YAML, and a spec is TOML: key = value below [section]"),
     (r"\s*(//|--|;|%)", "a comment begins with #"),
     (r"\s*\{", "that is JSON, and a spec is TOML: key = value below [section]"),
     (r"\s*[\w.-]+\s*:(\s|$)", "a key and its value are joined by =, not by a colon"),
     (r"[^=]*=\s*(True|False|TRUE|FALSE)\b", "true and false are written in lower case"),
     (r"[^=]*=\s*(None|null|nil|NULL)\b", "there is no null: leave the key out"),
     (r"[^=]*=\s*0\d", "a whole number does not begin with 0"),
+    (r"[^=]*=\s*\d{1,3}(,\d{3})+\s*(#|$)", "thousands are written 1_000 or 1000"),
     (r"[^=]*=\s*[-+]?[\d._]+(e[-+]?\d+)?\s*[A-Za-z%]", "a number stands alone, without a unit"),
     (r"[^=]*=\s*[A-Za-z_/~.]", "text stands in quotes"),
     (r"[^=]*=\s*(#|$)", "a value is missing"),
+    (r".*=\s*\{.*,\s*\}", "no comma stands before the closing brace"),
     (r".*\{[^}]*$", "a table in braces stands on one line"),
     (r".*[,;]\s*$", "nothing follows a value on its line"),
     (r"\s*\[[^\]]*$", "a section's name ends with ]"),

@@ -27,6 +27,7 @@ from trainer.spec_fields import (
     shown,
     size,
 )
+from trainer.spec_hints import value_meant
 from trainer.spec_how import (
     LATER,
     MAX_HOW_BYTES,
@@ -96,7 +97,8 @@ class ModelSpec(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelSpec:
         if self.family not in models.names():
-            raise ValueError(f"family {shown(self.family)} is unknown; take one of {', '.join(models.names())}")
+            meant = value_meant(self.family, models.names())
+            raise ValueError(f"family {shown(self.family)} is unknown; take one of {', '.join(models.names())}{meant}")
         if self.head_size is None and self.width % self.heads:
             below = max(h for h in range(1, self.heads + 1) if self.width % h == 0)
             raise ValueError(

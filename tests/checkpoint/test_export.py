@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import botocore.exceptions
@@ -234,6 +234,55 @@ def test_several_files_and_their_index_are_the_same_weights(saved: tuple[Store, 
         export_safetensors(store, manifest, tensors, Folder(folder), texts={})
     again = export_safetensors(store, manifest, tensors, Folder(folder), texts={}, shard_bytes=1 << 20)
     assert again == where
+
+
+def test_an_export_that_fails_leaves_the_older_one_whole(
+    files: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several files of two checkpoints would open as one model."""
+    log = RunLog(files, RUN, writer="test")
+    _, manifest = save(files, log, log.append("attempt", attempt_body(), log.fold()), seed=3, step=5)
+    out = tmp_path / "o"
+
+    def export(step: int, fail: int = -1) -> dict[str, bytes]:
+        class Full(Folder):
+            written = 0
+
+            def write(self, name: str, pieces: Iterable[Buffer], size: int, state: str) -> str:
+                self.written += 1
+                return super().write(name, broken(pieces) if self.written - 1 == fail else pieces, size, state)
+
+        def broken(pieces: Iterable[Buffer]) -> Iterator[Buffer]:
+            yield next(iter(pieces))
+            raise OSError(28, "No space left on device")
+
+        def data(_: Read) -> Iterator[Buffer]:
+            yield bytes([step]) * 400
+
+        tensors = [ExportTensor(name, (100,), data) for name in "ab"]
+        texts = {"config.json": str(step)}
+        if fail < 0:
+            export_safetensors(files, manifest, tensors, Full(out), texts=texts, shard_bytes=400)
+        else:
+            with pytest.raises(StoreUnavailable):
+                export_safetensors(files, manifest, tensors, Full(out), texts=texts, shard_bytes=400)
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    before = export(1)
+    for text_files_and_index in range(4):
+        assert export(2, text_files_and_index) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert export(2, 9) == {}, "or none of either"
+    after = export(2)
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in after if name != "model.safetensors.index.json")
+
+
+def test_an_adapter_in_the_folder_would_be_opened_with_the_weights(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(StoreRefused, match=r"an adapter \(adapter_config.json\), .*: remove it, or choose"):
+        Folder(tmp_path).begin(["config.json"], "model")
 
 
 def bucket(server: S3Server, prefix: str) -> Bucket:

@@ -59,6 +59,9 @@ def refusal(file: Path, text: str, *sets: str) -> str:
         ("[train]", "// how\n[train]", "a comment begins with #"),
         ("[model]\nfamily", "[model]\rfamily", "end in CR alone"),
         ('name = "small"', '{"name": "small"}', "that is JSON, and a spec is TOML"),
+        ('name = "small"', '---\nname: "small"', "that begins YAML, and a spec is TOML"),
+        ("steps = 3", "steps = 3,000", "thousands are written 1_000 or 1000"),
+        ("steps = 3", "steps = 3\noptimizer = { lr = 1e-3, }", "no comma stands before the closing brace"),
         ("[model]\nfamily =", "model:\n  family:", "'model:'; a key and its value are joined by ="),
     ],
 )
@@ -66,6 +69,12 @@ def test_a_line_that_is_no_toml_is_shown_with_its_mend(tmp_path: Path, old: str,
     assert old in SPEC
     said = refusal(tmp_path / "s.toml", SPEC.replace(old, new, 1))
     assert words in said, said
+
+
+def test_a_section_at_another_place_is_told_its_own(tmp_path: Path) -> None:
+    said = refusal(tmp_path / "s.toml", f"{SPEC}[optimizer]\nlr = 1e-3\n[model.schedule]\nwarmup = 1\n")
+    assert "optimizer is an unknown key; it belongs at train.optimizer (" in said
+    assert "model.schedule is an unknown key; it belongs at train.schedule (" in said
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,13 @@ def test_a_file_that_is_no_utf8_says_what_it_is(tmp_path: Path, data: bytes, wor
         ("recovery.layouts.stages=1", "recovery.layouts has no keys"),
         ("checkpoint.keep=3", "it is one table, [checkpoint.keep], with some of last, every_steps"),
         ("parallel.recompute=true", "[parallel.recompute], with some of kind, layers"),
+        ("model.family=Llama", "take one of gpt2, llama, mistral, qwen3: write 'llama'"),
+        ("model.family=GPT2LMHeadModel", ": write 'gpt2'"),
+        ("model.rope_base=5e5", "rope_base 500000: gpt2 learns its positions"),
+        ("train.precision=bfloat16", "'bf16' or 'fp8': write 'bf16'"),
+        ("train.precision=float16", ": write 'bf16'"),
+        ("train.precision=bf16-mixed", ": write 'bf16'"),
+        ("train.optimizer.name=AdamW", "'adamw' or 'muon': write 'adamw'"),
         ("launch.host=''", "launch.host is empty"),
         ("launch.queue='" + "q" * 64 + "'", "launch.queue has 64 characters, at most 63; shorten it"),
     ],
