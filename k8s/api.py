@@ -57,6 +57,8 @@ PODS = Resource("Pod", "pods", "/api/v1")
 SERVICES = Resource("Service", "services", "/api/v1")
 SECRETS = Resource("Secret", "secrets", "/api/v1")
 EVENTS = Resource("Event", "events", "/api/v1")
+CLAIMS = Resource("PersistentVolumeClaim", "persistentvolumeclaims", "/api/v1")
+CONFIGS = Resource("ConfigMap", "configmaps", "/api/v1")
 QUOTAS = Resource("ResourceQuota", "resourcequotas", "/api/v1")
 RANGES = Resource("LimitRange", "limitranges", "/api/v1")
 

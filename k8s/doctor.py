@@ -1,7 +1,7 @@
 """What a cluster lacks before a run is started on it, in at most ten seconds, with the mend beside each finding.
 
-Every check is one or two reads (and one server-side dry run): nothing is made or changed. A check that may not look
-(cluster-wide reads are not in the Role) says so and is no fault.
+Every check is one or two reads, or one of each object that the pods name (and two server-side dry runs): nothing is
+made or changed. A check that may not look (cluster-wide reads are not in the Role) says so and is no fault.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, Protocol
 
-from k8s.api import JOBS, QUOTAS, RANGES, SECRETS, Json
+from k8s.api import CLAIMS, CONFIGS, JOBS, PODS, QUOTAS, RANGES, SECRETS, Json
 from k8s.errors import ApiUnavailable, Missing, NotAllowed, Unauthenticated
 from k8s.labels import AGENT, ENGINE
+from k8s.named import Named, named_by
 from k8s.quantity import amount, spelled
 from k8s.quota import of_pod, quota_problems, range_problems, uses
 from k8s.render import CUDA_IMAGE, DEFAULT_IMAGE, FABRIC_MEND
@@ -84,6 +85,7 @@ def examine(api: Reader, wanted: RunNeeds, clock: Callable[[], float] = time.mon
         ("gpus", _gpus),
         ("images", _images),
         ("store", _store),
+        ("named", _named),
         ("queue", _queue),
         ("admission", _admission),
     )
@@ -306,6 +308,10 @@ def _unfit(node: Json, pod: Json, need: Mapping[str, Fraction]) -> str | None:
     for key, value in (pod.get("nodeSelector") or {}).items():
         if labels.get(key) != value:
             return f"has no label {key}={value}"
+    rules = (pod.get("affinity") or {}).get("nodeAffinity") or {}
+    terms = (rules.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms") or ()
+    if terms and not any(_chosen(node, term) for term in terms):
+        return "is not what its nodeAffinity asks for"
     for taint in spec.get("taints") or ():
         if taint.get("effect") in ("NoSchedule", "NoExecute") and not _tolerates(pod.get("tolerations") or (), taint):
             return f"taint {taint['key']}={taint.get('value', '')}:{taint['effect']}"
@@ -314,6 +320,27 @@ def _unfit(node: Json, pod: Json, need: Mapping[str, Fraction]) -> str | None:
         if has < value:
             return f"has {spelled(has, key)} {key}, a pod asks for {spelled(value, key)}"
     return None
+
+
+def _chosen(node: Json, term: Json) -> bool:
+    """By one term of a nodeAffinity; an empty one chooses none."""
+    labels = node["metadata"].get("labels") or {}
+    rules = [(labels, rule) for rule in term.get("matchExpressions") or ()]
+    rules += [({"metadata.name": node["metadata"]["name"]}, rule) for rule in term.get("matchFields") or ()]
+    return bool(rules) and all(_holds(has.get(rule["key"]), rule) for has, rule in rules)
+
+
+def _holds(value: str | None, rule: Json) -> bool:
+    operator, values = rule["operator"], list(rule.get("values") or ())
+    if operator in ("Gt", "Lt"):
+        try:
+            number, bound = int(value or ""), int(values[0])
+        except (ValueError, IndexError):
+            return False
+        return number > bound if operator == "Gt" else number < bound
+    if operator in ("In", "NotIn"):
+        return (value in values) is (operator == "In")
+    return (value is not None) is (operator == "Exists")
 
 
 def _tolerates(tolerations: Sequence[Mapping[str, Any]], taint: Mapping[str, Any]) -> bool:
@@ -363,6 +390,41 @@ def _store(api: Reader, wanted: RunNeeds) -> list[Check]:
     return [Check("store", "ok", f"Secret {wanted.store_secret} has the store's credentials")]
 
 
+def _named(api: Reader, wanted: RunNeeds) -> list[Check]:
+    """What the pods name beside the store's Secret and their launch's own, which is made with it."""
+    if wanted.job is None:
+        return []
+    own = {wanted.store_secret, f"{wanted.job['metadata']['name']}-key"}
+    named = [n for n in named_by(wanted.job["spec"]["template"]["spec"]) if n.kind != "Secret" or n.name not in own]
+    return [check for one in named if (check := _one_named(api, wanted.namespace, one)) is not None]
+
+
+def _one_named(api: Reader, space: str, one: Named) -> Check | None:
+    """What is wrong with it; None: nothing."""
+    resource = next(r for r in (CLAIMS, CONFIGS, SECRETS) if r.kind == one.kind)
+    verdict: Literal["warn", "bad"] = "warn" if one.pulls else "bad"
+    try:
+        raw = api.get(resource.path(space, one.name), read_s=READ_S)
+    except NotAllowed:
+        text = f"this user may not read {resource.plural}: nobody looked whether {one.kind} {one.name} is there"
+        return Check("named", "unknown", text)
+    except Missing:
+        what = "images are pulled without it" if one.pulls else "pods wait for it, and do not start"
+        mend = "create it, or correct its name in launch.pod_patch"
+        return Check("named", verdict, f"there is no {one.kind} {one.name} in {space}: {what}", mend)
+    if one.pulls and not str(raw.get("type", "")).startswith("kubernetes.io/dockerc"):
+        mend = "create it by kubectl create secret docker-registry"
+        return Check("named", verdict, f"Secret {one.name} is none for registries: its type is {raw.get('type')}", mend)
+    lacks = one.keys - set(raw.get("data") or {}) - set(raw.get("binaryData") or {})
+    if lacks and one.kind != "PersistentVolumeClaim":
+        text = f"{one.kind} {one.name} lacks {', '.join(sorted(lacks))}, which the pods name"
+        return Check("named", verdict, text, "add it there, or correct launch.pod_patch")
+    if (raw.get("status") or {}).get("phase") == "Lost":
+        text = f"PersistentVolumeClaim {one.name} has lost its volume"
+        return Check("named", verdict, text, "name another one in launch.pod_patch")
+    return None
+
+
 def _queue(api: Reader, wanted: RunNeeds) -> list[Check]:
     if not wanted.queue:
         return []
@@ -381,8 +443,26 @@ def _queue(api: Reader, wanted: RunNeeds) -> list[Check]:
 
 
 def _admission(api: Reader, wanted: RunNeeds) -> list[Check]:
-    """The API server's own verdict on the Job: schema, defaults, webhooks. (Pods are judged when they are made.)"""
+    """The API server's own verdict on the Job and on a pod of it: schema, defaults, webhooks; the pod's account and
+    classes, Pod Security, limits and quotas, which nobody looks at before pods are made.
+    """
     if wanted.job is None:
         return []
     api.create(JOBS.path(wanted.namespace), wanted.job, dry_run=True)
-    return [Check("admission", "ok", "the API server accepts the Job (server-side dry run)")]
+    template, name = wanted.job["spec"]["template"], wanted.job["metadata"]["name"]
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {**template.get("metadata", {}), "name": f"{name}-doctor"},
+        "spec": template["spec"],
+    }
+    try:
+        api.create(PODS.path(wanted.namespace), pod, dry_run=True)
+    except Unauthenticated:
+        raise
+    except NotAllowed:
+        text = (
+            "the API server accepts the Job (server-side dry run); of its pods nobody asked: this user may not create"
+        )
+        return [Check("admission", "ok", f"{text} pods (not needed to run)")]
+    return [Check("admission", "ok", "the API server accepts the Job and its pods (server-side dry run)")]

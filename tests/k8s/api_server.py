@@ -45,6 +45,7 @@ class ApiServer:
         self.bodies: list[tuple[str, str, Json]] = []
         self.storms: dict[str, tuple[int, str]] = {}  # "list", "watch" or "write" -> status, message
         self.denied: set[tuple[str, str]] = set()  # (verb, plural)
+        self.refused: dict[str, str] = {}  # collection -> what admission says of whatever is made there
         self.expired = False  # whoever asks: unknown credentials
         self.tokens: set[str] | None = None  # that it knows; None: all
         self.heads: list[dict[str, list[str]]] = []  # of the requests, names in small letters
@@ -322,6 +323,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(201, {**body, "status": {"allowed": (asked["verb"], resource) not in state.denied}})
             return
         with state.lock:
+            if collection in state.refused:
+                self._fail(403, state.refused[collection])
+                return
             if (collection, body["metadata"]["name"]) in state.objects:
                 self._fail(409, f"{body['metadata']['name']} already exists")
                 return

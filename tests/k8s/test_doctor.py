@@ -207,12 +207,93 @@ def test_nobody_there(server: ApiServer) -> None:
     assert (check.name, check.verdict) == ("version", "bad")
 
 
+PATCH = {
+    "imagePullSecrets": [{"name": "pull"}],
+    "volumes": [
+        {"name": "work", "emptyDir": None, "persistentVolumeClaim": {"claimName": "scratch"}},
+        {"name": "more", "projected": {"sources": [{"configMap": {"name": "roots", "items": [{"key": "ca.crt"}]}}]}},
+    ],
+    "initContainers": [
+        {
+            "name": "agent",
+            "env": [
+                {"name": "A", "valueFrom": {"secretKeyRef": {"name": "proxy", "key": "url"}}},
+                {"name": "B", "valueFrom": {"secretKeyRef": {"name": "maybe", "key": "x", "optional": True}}},
+            ],
+        }
+    ],
+}
+
+
+def test_what_the_pods_name_is_looked_for(server: ApiServer) -> None:
+    found = [(c.verdict, c.text) for c in examined(server, pod_patch=PATCH)["named"]]
+    assert found == [
+        ("warn", "there is no Secret pull in train: images are pulled without it"),
+        ("bad", "there is no PersistentVolumeClaim scratch in train: pods wait for it, and do not start"),
+        ("bad", "there is no ConfigMap roots in train: pods wait for it, and do not start"),
+        ("bad", "there is no Secret proxy in train: pods wait for it, and do not start"),
+    ]
+    for plural, item in (
+        ("secrets", {"metadata": {"name": "pull"}, "type": "Opaque"}),
+        ("persistentvolumeclaims", {"metadata": {"name": "scratch"}, "status": {"phase": "Lost"}}),
+        ("configmaps", {"metadata": {"name": "roots"}, "data": {"ca.pem": "x"}}),
+        ("secrets", {"metadata": {"name": "proxy"}, "data": {"url": "eA=="}}),
+    ):
+        server.put(f"{SPACE}/{plural}", item)
+    assert [c.text for c in examined(server, pod_patch=PATCH)["named"]] == [
+        "Secret pull is none for registries: its type is Opaque",
+        "PersistentVolumeClaim scratch has lost its volume",
+        "ConfigMap roots lacks ca.crt, which the pods name",
+    ]
+    server.denied.add(("get", "configmaps"))
+    (_, _, check) = examined(server, pod_patch=PATCH)["named"]
+    assert (check.verdict, check.text.endswith("nobody looked whether ConfigMap roots is there")) == ("unknown", True)
+
+
+@pytest.mark.parametrize(
+    ("said", "mend"),
+    [
+        ('error looking up service account train/gone: serviceaccount "gone" not found', "launch.service_account"),
+        ("no PriorityClass with name high was found", "launch.priority_class"),
+        ('pod rejected: RuntimeClass "kata" not found', "launch.runtime_class"),
+        ('violates PodSecurity "restricted:latest": hostPath volumes', "lower Pod Security level"),
+    ],
+)
+def test_what_the_api_server_says_of_a_pod_is_told(server: ApiServer, said: str, mend: str) -> None:
+    """Of a Job alone it says nothing of that."""
+    server.refused[f"{SPACE}/pods"] = f'pods "tiny-doctor" is forbidden: {said}'
+    (check,) = examined(server)["admission"]
+    assert (check.verdict, said in check.text, mend in check.text) == ("bad", True, True)
+
+
+def test_who_may_not_create_pods_hears_that_nobody_asked(server: ApiServer) -> None:
+    server.denied.add(("create", "pods"))
+    (check,) = examined(server)["admission"]
+    assert (check.verdict, "this user may not create pods" in check.text) == ("ok", True)
+
+
+@pytest.mark.parametrize(
+    ("rules", "fits"),
+    [
+        ([{"key": "pool", "operator": "In", "values": ["a", "b"]}], True),
+        ([{"key": "pool", "operator": "NotIn", "values": ["a"]}], False),
+        ([{"key": "pool", "operator": "Exists"}, {"key": "gone", "operator": "DoesNotExist"}], True),
+        ([{"key": "cores", "operator": "Gt", "values": ["4"]}], False),
+    ],
+)
+def test_machines_that_affinity_leaves(server: ApiServer, rules: list[dict[str, Any]], fits: bool) -> None:
+    required = {"nodeSelectorTerms": [{"matchExpressions": rules}]}
+    patch = {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}}
+    (check,) = examined(server, pod_patch=patch)["machines"]
+    assert (check.verdict == "ok", "nodeAffinity" in check.text) == (fits, not fits)
+
+
 def test_no_time_left_is_said(server: ApiServer) -> None:
     configuration = Configuration()
     configuration.host = server.url
     times = iter([0.0, 1.0, *([20.0] * 20)])
     found = examine(Api(Access(configuration)), RunNeeds("train"), clock=lambda: next(times))
-    assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 10
+    assert [c.verdict for c in found] == ["ok"] + ["unknown"] * 11
 
 
 def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) -> None:
@@ -232,7 +313,7 @@ def test_every_right_of_the_role_is_needed_and_no_other_is(server: ApiServer) ->
     second.close()
     examined(server)
     wanted = {(verb, resource) for _, resource, verbs in RIGHTS for verb in verbs}
-    more = {("list", "nodes"), ("list", "version"), ("list", "limitranges")}  # everybody's, or not needed
+    more = {("list", "nodes"), ("list", "version"), ("list", "limitranges"), ("create", "pods")}  # or not needed
     assert server.used - more == wanted
 
 
