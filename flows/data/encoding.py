@@ -5,7 +5,8 @@ What is kept, a part after about a piece's text:
     keep/<piece>            a byte a document: 0 out, 1 of the dataset, 2 of its validation part; missing: all are 1
     sample/<piece>          blocks of text to train on: sizes (bytes, u32 each), text
     tokens/<piece>.<part>   tokens of the dataset, masked where it has prompts; held/... of its validation part
-    encode/<piece>.<part>   how many: tokens, held; texts (without the ends of documents), unknown
+    encode/<piece>.<part>   how many: tokens, held; texts (without the ends of documents), unknown,
+                            letters (that are unknown)
     encode/<piece>          the same of the piece, and parts
 """
 
@@ -112,7 +113,7 @@ def encode_piece(task: Task) -> dict[str, Any]:
     if found is not None:
         return {**found, "cached": True}
     encoder = _encoder(task.job)
-    total: dict[str, Any] = {"v": 1, "tokens": [], "held": [], "texts": 0, "unknown": 0}
+    total: dict[str, Any] = {"v": 1, "tokens": [], "held": [], "texts": 0, "unknown": 0, "letters": 0}
     for number, batches in enumerate(_parts(_blocks(task, encoder), task.job.piece_letters)):
         row = work.find_map("encode", piece_name(task.piece.number, number))
         if row is None:
@@ -121,8 +122,8 @@ def encode_piece(task: Task) -> dict[str, Any]:
             pass
         for key in ("tokens", "held"):
             total[key].append(row[key])
-        for key in ("texts", "unknown"):
-            total[key] += row[key]
+        for key in ("texts", "unknown", "letters"):
+            total[key] += row.get(key, 0)  # a version before has kept no "letters"
     work.put_map(total, "encode", name)
     return {**total, "cached": False}
 
@@ -132,14 +133,16 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
     out = {TRAIN: bytearray(), HELD: bytearray()}
     unknown = None if encoder.given is None else encoder.given.unknown
     mask = mask_of(encoder.kind.itemsize)
-    row: dict[str, Any] = {"v": 1, "texts": 0, "unknown": 0}
+    row: dict[str, Any] = {"v": 1, "texts": 0, "unknown": 0, "letters": 0}
     for batch in batches:
         blocks = [block for block in batch if block.verdict]
         flat: dict[int, list[int]] = {TRAIN: [], HELD: []}
         texts = [Document(block.where.where, block.text) for block in blocks]
-        for block, ids in zip(blocks, encode(encoder.given, encoder.tokenizer, texts), strict=True):
+        for block, encoded in zip(blocks, encode(encoder.given, encoder.tokenizer, texts), strict=True):
+            ids = encoded.ids
             row["texts"] += len(ids)
             row["unknown"] += 0 if unknown is None else ids.count(unknown)
+            row["letters"] += encoded.unknown
             flat[block.verdict] += ids if block.counts else [token | mask for token in ids]
             if encoder.eot is not None and block.ends:
                 flat[block.verdict].append(encoder.eot)

@@ -433,7 +433,7 @@ class _Preparation:
     def _known_enough(self, rows: Sequence[dict[str, Any]], letters: int) -> None:
         """Refuse a tokenizer that knows nothing of the text, and say where it knows little."""
         given = self.given
-        texts, count = (sum(row[key] for row in rows) for key in ("texts", "unknown"))
+        texts, count, lost = (sum(row.get(key, 0) for row in rows) for key in ("texts", "unknown", "letters"))
         if texts == 0:
             raise DatasetError(
                 f"{given.what if given else 'the tokenizer'} cannot encode this corpus: {letters:,} characters give no "
@@ -446,9 +446,13 @@ class _Preparation:
                 f"{given.what} cannot encode this corpus: every token of it is the unknown one; give a tokenizer that "
                 "was made for such text"
             )
-        if count > _MANY_UNKNOWN * texts:
+        if count > _MANY_UNKNOWN * texts or lost > _MANY_UNKNOWN * letters:
             log.warning(
-                "%s: %.1f %% of the tokens are unknown to it (token %d)", given.what, 100 * count / texts, given.unknown
+                "%s: %.1f %% of the tokens are unknown to it (token %d), which stand for %.1f %% of the text",
+                given.what,
+                100 * count / texts,
+                given.unknown,
+                100 * lost / max(letters, 1),
             )
 
 

@@ -14,7 +14,8 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,16 @@ _CUT_WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 """How Llama 3 and Qwen find words."""
+_SPACE_CUT = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
+"""A blank between letters, for tokenizers that put a blank before a text: the one that is taken away comes back."""
+_BEFORE_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
+"""The same for those that put none."""
+_MARK = "\u2581"
+"""What stands for a blank in tokens of SentencePiece's kind."""
+_BYTES = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
+"""Those that UTF-8 has."""
+_NO_BYTES = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+"""The letters that stand for the others, in tokens of bytes."""
 
 
 def train_tokenizer(texts: Sequence[str] | Iterator[str], vocab_size: int) -> Tokenizer:
@@ -90,8 +101,12 @@ class GivenTokenizer:
     what: str
     end: str | None
     """The token that ends a document; None where the spec says that there is none (``data.end_token = ""``)."""
-    model: dict[str, Any]
-    dropped: dict[str, int] = field(default_factory=dict)
+    tree: dict[str, Any]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.tree["model"]
+        return found
 
     @property
     def vocab(self) -> int:
@@ -105,17 +120,43 @@ class GivenTokenizer:
         name = self.model.get("unk_token")
         return None if name is None else self.tokenizer.token_to_id(name)
 
-    @property
+    @cached_property
+    def of_bytes(self) -> bool:
+        """Whether what its model reads are bytes, a letter each."""
+        steps = (*_steps(self.tree.get("normalizer")), *_steps(self.tree.get("pre_tokenizer")))
+        return any(step.get("type") == "ByteLevel" for step in steps)
+
+    @cached_property
     def drops(self) -> bool:
-        """Whether its model leaves out characters that it does not know: BPE without an unknown token, not of bytes."""
-        if (
-            self.model.get("type") != "BPE"
-            or self.model.get("unk_token") is not None
-            or self.model.get("byte_fallback")
-        ):
+        """Whether its model leaves out what it does not know: BPE without an unknown token, whose vocabulary lacks
+        some byte."""
+        if not isinstance(self.tokenizer.model, models.BPE) or self.model.get("unk_token") is not None:
             return False
-        vocab = self.model.get("vocab") or {}
-        return not all(letter in vocab for letter in pre_tokenizers.ByteLevel.alphabet())
+        vocab = self.vocabulary
+        if self.model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocab for byte in _BYTES):
+            return False
+        return not (self.of_bytes and vocab.keys() >= set(pre_tokenizers.ByteLevel.alphabet()) - _NO_BYTES)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Its model's, without the tokens that are added."""
+        return dict(self.tokenizer.get_vocab(with_added_tokens=False))
+
+    @property
+    def affixes(self) -> bool:
+        """Whether its model writes characters otherwise at a word's begin or end."""
+        return bool(self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix"))
+
+    def knows(self, letter: str) -> bool:
+        """Whether a model without affixes and without an unknown token has something for a character."""
+        fallback = self.model.get("byte_fallback") and (f"<0x{byte:02X}>" for byte in letter.encode())
+        return letter in self.vocabulary or bool(fallback and all(byte in self.vocabulary for byte in fallback))
+
+    @cached_property
+    def joins(self) -> bool:
+        """Whether one unknown token may stand for many characters."""
+        plain = isinstance(self.tokenizer.model, models.BPE) and not self.model.get("fuse_unk")
+        return self.unknown is not None and not plain
 
     @property
     def digest(self) -> bytes:
@@ -125,14 +166,16 @@ class GivenTokenizer:
     def cut(self) -> re.Pattern[str] | None:
         """Where a text may be cut without another token coming of it; None where it is not known, so that a document
         must be encoded whole."""
-        tree = json.loads(self.data.removeprefix(b"\xef\xbb\xbf"))
+        tree = self.tree
         added = tree.get("added_tokens") or ()
-        if tree.get("normalizer") is not None or any(
+        if any(
             token.get("lstrip") or token.get("rstrip") or token.get("single_word") or _SPACE.search(token["content"])
             for token in added
         ):
             return None
-        words = tree.get("pre_tokenizer") or {}
+        words, changes = tree.get("pre_tokenizer") or {}, tree.get("normalizer")
+        if changes not in (None, {"type": "NFC"}):  # which joins nothing with a blank or a line's end
+            return self._marked_cut(changes, words)
         bytes_of = {"type": "ByteLevel", "add_prefix_space": False}
         if bytes_of.items() <= words.items() and words.get("use_regex", True):
             return SAFE_CUT
@@ -145,7 +188,44 @@ class GivenTokenizer:
             and {**bytes_of, "use_regex": False}.items() <= steps[1].items()
         ):
             return _LETTER_CUT
-        return None
+        return self._marked_cut(changes, words)
+
+    def _marked_cut(self, changes: dict[str, Any] | None, words: dict[str, Any]) -> re.Pattern[str] | None:
+        """Where a text may be cut for tokenizers of SentencePiece's kind: between letters, where neither a token nor
+        one that is added goes from a letter to a blank."""
+        replaces = {"type": "Replace", "pattern": {"String": " "}, "content": _MARK}
+        puts = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _MARK}, replaces]}
+        whole = True
+        if changes == puts and not words:
+            cut = _SPACE_CUT
+        elif changes == replaces and (
+            not words
+            or words == {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+        ):
+            cut = _BEFORE_SPACE
+        elif changes is None and (words.get("type"), words.get("replacement")) == ("Metaspace", _MARK):
+            puts_one = words.get("prepend_scheme", "always" if words.get("add_prefix_space", True) else "never")
+            cut = _BEFORE_SPACE if puts_one == "never" else _SPACE_CUT
+            whole = words.get("split", True) is False
+        else:
+            return None
+        ends = "".join(token["content"][:1] + token["content"][-1:] for token in self.tree.get("added_tokens") or ())
+        if any(letter.isalnum() or letter == _MARK for letter in ends):
+            return None
+        if not whole:
+            return cut
+        plain = isinstance(self.tokenizer.model, models.BPE) and not self.model.get("ignore_merges")
+        if not plain or _MARK not in self.vocabulary or any(_MARK in t.lstrip(_MARK) for t in self.vocabulary):
+            return None
+        return cut
+
+
+def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A normalizer or pre-tokenizer, and those that it is made of."""
+    if step is not None:
+        yield step
+        for one in (*step.get("normalizers", ()), *step.get("pretokenizers", ())):
+            yield from _steps(one)
 
 
 def vocab_of(tokenizer: Tokenizer) -> int:
@@ -187,7 +267,7 @@ def checked_tokenizer(spec: DataSpec, data: bytes) -> GivenTokenizer:
             f"{what}: its largest id is {max(vocab.values())}, and embeddings have a row for each id below it; the "
             f"limit is {MAX_VOCAB_SIZE - 1}: number its tokens from 0 without wide gaps"
         )
-    return GivenTokenizer(data, tokenizer, what, _end(spec, tokenizer, what), tree.get("model") or {})
+    return GivenTokenizer(data, tokenizer, what, _end(spec, tokenizer, what), tree)
 
 
 def _contents(path: str, what: str) -> bytes:
@@ -231,7 +311,7 @@ def parse_tokenizer(data: bytes, what: str) -> Tokenizer:
 
 
 def _other_format(data: bytes) -> str:
-    if b"<unk>" in data[:200] and b"\0" not in data[:4] and data[:1] == b"\n":
+    if re.match(rb"\n[\x06-\x7f]\n[\x01-\x7e].{1,126}?\x15", data, re.DOTALL):
         return (
             "it is a SentencePiece model, not JSON (transformers' convert_slow_tokenizer makes a tokenizer.json of it)"
         )
@@ -241,15 +321,27 @@ def _other_format(data: bytes) -> str:
         return "it is a page of HTML or XML, such as a login or an error; fetch the file itself again"
     if data.startswith(b"#version"):
         return "it is the merges.txt of a tokenizer"
+    if re.match(rb"(\[PAD\]|\[UNK\]|\[CLS\]|<s>|<pad>|<unk>|<\|endoftext\|>)(\t\S+)?\r?\n", data):
+        return "it is a vocab.txt, a list of tokens alone (transformers' save_pretrained writes a tokenizer.json)"
     what, mend = ("packed by gzip", "unpack it: gunzip -k") if data.startswith(GZIP) else format_of(data[:512])
     if what:
         return f"it is {what}; {mend}"
-    return "it is no JSON" if data.strip() else "it is empty"
+    if not data.strip():
+        return "it is empty"
+    return "it is no JSON" if data.rstrip().endswith(b"}") else "it is no JSON to its end; was it cut short?"
 
 
 def _other_json(tree: object) -> str:
-    if isinstance(tree, dict) and "tokenizer_class" in tree:
-        return "it is a tokenizer_config.json; the file beside it is meant"
+    for keys, name in (
+        ({"tokenizer_class"}, "tokenizer_config.json"),
+        ({"model_type"}, "model's config.json"),
+        ({"eos_token", "unk_token", "bos_token", "pad_token"}, "special_tokens_map.json"),
+        ({"chat_template"}, "chat_template.json"),
+    ):
+        if isinstance(tree, dict) and keys & tree.keys():
+            return f"it is a {name}; the file beside it is meant"
+    if isinstance(tree, dict) and {"config", "vocab"} <= tree.keys():
+        return "it is a tekken.json of Mistral's library; the tokenizer.json that transformers reads is meant"
     if isinstance(tree, dict) and tree and all(isinstance(value, int) for value in tree.values()):
         return "it is a vocab.json, a table of tokens alone"
     return 'it has no "model"'
@@ -299,47 +391,74 @@ def of_library(what: str, mend: str) -> Iterator[None]:
         raise
 
 
-def encode(given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Document]) -> list[list[int]]:
+@dataclass(frozen=True)
+class EncodedText:
+    """``unknown``: characters that the tokenizer's unknown token stands for."""
+
+    ids: list[int]
+    unknown: int = 0
+
+
+def encode(given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Document]) -> list[EncodedText]:
     """The ids of each document. DatasetError, with the document's name, where a given tokenizer cannot encode it."""
     mend = "give one that has an unknown token or byte fallback, or clean the text"
-    texts, drops = [doc.text for doc in docs], given is not None and given.drops
+    texts, dropping = [doc.text for doc in docs], given if given is not None and given.drops else None
     try:
         with of_library("", ""):
             # the fast one gives no offsets, and the same ids
-            batch = tokenizer.encode_batch if drops else tokenizer.encode_batch_fast
+            batch = tokenizer.encode_batch if dropping and dropping.affixes else tokenizer.encode_batch_fast
             encodings = batch(texts, add_special_tokens=False)
     except DatasetError:
         for doc in docs:  # which one is it?
             with of_library(f"{given.what if given else 'the tokenizer'} cannot encode {doc.name}", mend):
                 tokenizer.encode(doc.text, add_special_tokens=False)
         raise
-    if given is not None and drops:
+    if dropping is not None:
         for doc, encoding in zip(docs, encodings, strict=True):
-            lost = _dropped(given, doc.text, encoding.offsets)
+            lost = _dropped(dropping, doc.text, encoding.offsets)
             if lost:
                 letter, count = max(lost.items(), key=lambda item: (item[1], item[0]))
-                name = unicodedata.name(letter, "no name")
+                name = f" ({unicodedata.name(letter)})" if unicodedata.name(letter, "") else ""
                 raise DatasetError(
-                    f"{given.what} cannot encode {doc.name}: it has no unknown token and leaves out "
-                    f"{sum(lost.values())} character(s) of it, {count} of them {letter!r} ({name}); {mend}"
+                    f"{dropping.what} cannot encode {doc.name}: it has no unknown token and leaves out "
+                    f"{sum(lost.values())} character(s) of it, {count} of them {letter!r}{name}; {mend}"
                 )
-    return [encoding.ids for encoding in encodings]
+    return [
+        _encoded(given, tokenizer, *pair) for pair in zip(docs, (encoding.ids for encoding in encodings), strict=True)
+    ]
+
+
+def _encoded(given: GivenTokenizer | None, tokenizer: Tokenizer, doc: Document, ids: list[int]) -> EncodedText:
+    unknown = 0 if given is None or given.unknown is None else ids.count(given.unknown)
+    if unknown and given is not None and given.joins:  # how much of the text that is only the offsets say
+        found = tokenizer.encode(doc.text, add_special_tokens=False)
+        unknown = sum(
+            end - begin for token, (begin, end) in zip(ids, found.offsets, strict=True) if token == given.unknown
+        )
+    return EncodedText(ids, unknown)
 
 
 def _dropped(given: GivenTokenizer, text: str, offsets: list[tuple[int, int]]) -> dict[str, int]:
-    """Characters that no token covers, and how often, but for blanks and what the tokenizer means to remove."""
-    steps = np.zeros(len(text) + 1, dtype=np.int64)
-    if offsets:
-        ends = np.asarray(offsets, dtype=np.int64)
-        np.add.at(steps, ends[:, 0], 1)
-        np.add.at(steps, ends[:, 1], -1)
-    bare = np.cumsum(steps[:-1]) == 0
-    letters, counts = np.unique(np.frombuffer(text.encode("utf-32-le"), dtype="<u4")[bare], return_counts=True)
+    """Characters that no token covers, and how often, but for what the tokenizer means to remove.
+
+    Each is looked up; where a model writes characters otherwise at a word's begin or end the offsets say which (those
+    behind one that is left out are not right).
+    """
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    if given.affixes:
+        steps = np.zeros(len(text) + 1, dtype=np.int64)
+        if offsets:
+            ends = np.asarray(offsets, dtype=np.int64)
+            np.add.at(steps, ends[:, 0], 1)
+            np.add.at(steps, ends[:, 1], -1)
+        codes = codes[np.cumsum(steps[:-1]) == 0]
+    letters, counts = np.unique(codes, return_counts=True)
     normalizer, cutter = given.tokenizer.normalizer, given.tokenizer.pre_tokenizer
     lost = {}
     for code, count in zip(letters.tolist(), counts.tolist(), strict=True):
         letter = chr(code)
         shown = normalizer.normalize_str(letter) if normalizer is not None else letter
-        if shown.strip() and (cutter is None or any(piece.strip() for piece, _ in cutter.pre_tokenize_str(shown))):
+        pieces = [shown] if cutter is None else [piece for piece, _ in cutter.pre_tokenize_str(shown)]
+        if any(given.affixes or not given.knows(one) for piece in pieces for one in piece):
             lost[letter] = count
     return lost

@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 BLOCK_LETTERS = 1 << 16
 """A document is handed on in blocks of about so many characters where nothing depends on where it is cut."""
+WHOLE_LETTERS = 256 << 20
+"""What is handed on as a whole, a document or a word of one, has at most so many characters (a line of JSON so many
+bytes): a tokenizer takes some 65 bytes for each."""
 LONG_LETTERS = 16 << 20
 """A file of more bytes than that is never held whole, but where a filter asks for its text."""
 _HALF = re.compile("[\ud800-\udfff]")
@@ -56,19 +59,29 @@ class Document:
         return self.where if isinstance(self.where, str) else self.where()
 
     def blocks(self, cut: re.Pattern[str] | None) -> Iterator[str]:
-        """The text from its beginning, cut where ``cut`` matches after each ``BLOCK_LETTERS``; None: whole."""
-        if cut is None:
-            yield self.whole()
-            return
-        rest = ""
+        """The text from its beginning, cut where ``cut`` matches after each ``BLOCK_LETTERS`` (what it takes is of no
+        block; it looks at two characters at most); None: whole. DatasetError where a block is beyond reason."""
+        held: list[str] = []  # of the block in hand, searched
+        size, rest = 0, ""
         for part in self.parts() if self.parts is not None else (self.text,):
-            rest = rest + part if rest else part
-            at = 0
-            while len(rest) - at > BLOCK_LETTERS and (found := cut.search(rest, at + BLOCK_LETTERS)) is not None:
-                yield rest[at : found.start()]
-                at = found.start()
+            rest, at = rest + part, 0
+            while cut is not None and (begin := at + max(0, BLOCK_LETTERS - size)) < len(rest):
+                found = cut.search(rest, begin)
+                if found is None:
+                    break
+                yield "".join((*held, rest[at : found.start()]))
+                held, size, at = [], 0, found.end()
             rest = rest[at:]
-        yield rest
+            if cut is None or size + len(rest) > BLOCK_LETTERS:
+                held.append(rest[:-2])
+                size, rest = size + len(held[-1]), rest[-2:]
+            if size > WHOLE_LETTERS:
+                raise DatasetError(
+                    f"{self.name} has more than {WHOLE_LETTERS >> 20} MiB of text in a row that the tokenizer must see "
+                    f"as a whole ({'a word without an end' if cut else 'it may look over any border of words'}); cut "
+                    "the text into several, or leave it out of data.source"
+                )
+        yield "".join((*held, rest))
 
     def stretches(self, cut: re.Pattern[str] | None) -> Iterator[tuple[str, bool]]:
         """The blocks of its prompt, if it has one, and of its text, each with whether it counts: none is of both."""
@@ -144,7 +157,11 @@ class Borne:
         return (self.bytes, self.halves, self.skipped)
 
     def to_map(self) -> list[dict[str, Any]]:
-        return [{"count": w.count, "places": w.places} for w in self.of()]
+        """What a store can keep: of a name that is no UTF-8 its bytes are written out."""
+        return [
+            {"count": w.count, "places": [place.encode(errors="backslashreplace").decode() for place in w.places]}
+            for w in self.of()
+        ]
 
     def join(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for warnings, row in zip(self.of(), rows, strict=True):

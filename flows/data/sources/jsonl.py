@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flows.data.sources.base import Borne, Document, Entry, no_prompt, whole_pairs
+from flows.data.sources.base import WHOLE_LETTERS, Borne, Document, Entry, no_prompt, whole_pairs
 from flows.data.sources.files import BOM, Opened, chunks_of, is_packed, look_at_files, opened_file
 from flows.data.sources.text import line_at, nul_byte
 from trainer.errors import DatasetError
 
 _ENDS = re.compile(rb"[\r\n]")
-_MOST = 256 << 20  # bytes of a line
 _LINES = "objects are made into lines by: jq -c"
 
 
@@ -92,23 +91,26 @@ class _Place:
 def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[int, bytes]]:
     """The lines that begin in a range of a file (``last`` -1: to its end), each with the byte that it begins at."""
     begin = max(0, first - 1)  # the byte before says whether a line begins at ``first``
-    at, rest, head = begin, b"", b""
-    skip = first > 0
+    at, head = begin, b""
+    held: list[bytes] = []  # of the line that begins at ``at``
+    size, skip = 0, first > 0
     for chunk in chunks_of(file, entry.name, begin):
-        data = rest + chunk if rest else chunk
+        data = chunk
         if not head and begin == 0:
             head = data[:64]
-        if b"\0" in chunk:
-            place = _Place(file, entry.name, at + data.index(b"\0"))
-            raise nul_byte(place(), head)
+        if b"\0" in data:
+            raise nul_byte(_Place(file, entry.name, at + size + data.index(b"\0"))(), head)
+        found = _ENDS.search(data)
         if skip:
-            found = _ENDS.search(data)
             if found is None:
-                at, rest = at + len(data), b""
+                at += len(data)
                 continue
             at, data, skip = at + found.end(), data[found.end() :], False
-        lines = (data.replace(b"\r", b"\n") if b"\r" in data else data).split(b"\n")
-        rest = lines.pop()
+        elif found is not None:
+            data, held, size = b"".join((*held, data)), [], 0
+        lines = (data.replace(b"\r", b"\n") if b"\r" in data else data).split(b"\n") if found else [data]
+        held.append(lines.pop())
+        size += len(held[-1])
         for line in lines:
             if 0 <= last <= at:
                 return
@@ -117,13 +119,13 @@ def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[
             at += len(line) + 1
         if 0 <= last <= at:
             return
-        if len(rest) > _MOST:
+        if size > WHOLE_LETTERS:
             raise DatasetError(
-                f"{_Place(file, entry.name, at)()} has over {_MOST >> 20} MiB without an end; is it one JSON array? It "
-                "is made into lines by: jq -c '.[]'"
+                f"{_Place(file, entry.name, at)()} has over {WHOLE_LETTERS >> 20} MiB without an end; is it one JSON "
+                "array? It is made into lines by: jq -c '.[]'"
             )
-    if rest and not skip:
-        yield at, rest.removeprefix(BOM)
+    if size and not skip:
+        yield at, b"".join(held).removeprefix(BOM)
 
 
 def _proposed(value: dict[str, Any]) -> str:

@@ -11,12 +11,16 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import glob
+import logging
 import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from trainer.errors import DatasetError
+from trainer.spec_fields import shown
+
+log = logging.getLogger(__name__)
 
 _Identity = tuple[int, int]
 
@@ -47,6 +51,13 @@ def files_of(source: str) -> list[str]:
     if not found:
         kind = source.partition(":")[0]
         raise DatasetError(f"data.source {source!r} matches no file: {_why_none(kind, pattern, folders)}")
+    if folders and pattern.rpartition("/")[2].strip("*"):
+        log.warning(
+            "data.source %s: %d folder(s) match too, and what is in them is not read; %s/* reads that",
+            shown(source),
+            folders,
+            shown(f"{source}/**").strip("'"),
+        )
     return found
 
 

@@ -18,7 +18,8 @@ from flows.data.sources.base import Borne, Document, Entry, no_prompt, optional_
 from flows.data.sources.files import GZIP, PACKED, Opened, look_at_files, opened_file, refuse_formats
 from trainer.errors import DatasetError, SpecError
 
-_ROWS = 256  # that are in memory at a time
+_ROWS = 256  # that are in memory at a time, where they are not of more bytes than that:
+_BYTES = 16 << 20
 
 
 class ParquetSource:
@@ -46,7 +47,8 @@ class ParquetSource:
                 group = table.metadata.row_group(number)
                 begin = _begin(group) if number else 0
                 if first <= begin and (last < 0 or begin < last):
-                    for batch in table.iter_batches(_ROWS, [number], columns, use_threads=False):
+                    rows = max(1, min(_ROWS, _BYTES * group.num_rows // max(1, _bytes_of(group, columns))))
+                    for batch in table.iter_batches(rows, [number], columns, use_threads=False):
                         yield from _rows(batch.to_pylist(), self._field, self._prompt, kind, entry.name, row, borne)
                         row += batch.num_rows
                 else:
@@ -62,7 +64,7 @@ class ParquetSource:
         kind = schema.field(field).type
         if not _is_text(kind):
             texts = [name for name in schema.names if _is_text(schema.field(name).type)]
-            mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else _cast(kind)
+            mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else _cast(kind, entry.name)
             raise DatasetError(f"{entry.name}: its column {field!r} is of type {kind}, not of text{mend}")
         return str(kind)
 
@@ -72,9 +74,11 @@ class ParquetSource:
         return _columns_of(table.schema_arrow.names, self._field, self._prompt, self._more)
 
 
-def _cast(kind: Any) -> str:
+def _cast(kind: Any, name: str) -> str:
     """How a column becomes one of text."""
     types = optional_module("pyarrow.types", "pyarrow", "parquet:")
+    if types.is_null(kind):
+        return f"; all of it is null: leave {name} out of data.source"
     if types.is_binary(kind) or types.is_large_binary(kind):
         return '; write it as one: table.column(…).cast("string"), by who wrote the file'
     return "; write its texts as a column of their own, or as JSON lines (jsonl:GLOB)"
@@ -98,6 +102,16 @@ def _no_column(where: str, field: str, names: Sequence[str], texts: Sequence[str
     what = "its text" if key == "data.field" else "its prompt"
     mend = f'name the one of {what}: {key} = "{texts[0]}"' if texts else "none of them is of text"
     return f"{where} has no column {field!r}; its columns are {shown}: {mend}"
+
+
+def _bytes_of(group: Any, columns: Sequence[str] | None) -> int:
+    """Of these columns of a row group, unpacked."""
+    found = (group.column(number) for number in range(group.num_columns))
+    return sum(
+        int(one.total_uncompressed_size)
+        for one in found
+        if columns is None or one.path_in_schema.partition(".")[0] in columns
+    )
 
 
 def _begin(group: Any) -> int:
@@ -126,9 +140,12 @@ def _table(file: Opened, entry: Entry) -> Iterator[Any]:
             f"{entry.name} holds text that is no UTF-8 (byte 0x{error.object[error.start]:02X}); write it anew"
         ) from error
     except (arrow.ArrowException, OSError) as error:
-        raise DatasetError(
-            f"{entry.name} does not read as Parquet: {str(error)[:200]}; fetch it anew, or leave it out of data.source"
-        ) from error
+        mend = "fetch it anew, or leave it out of data.source"
+        if os.path.basename(entry.name).startswith("_"):
+            mend = "files of such names hold no rows of their own: name those beside it, parquet:FOLDER/*.parquet"
+        elif "decrypt" in str(error):
+            mend = "its columns are encrypted: write it without"
+        raise DatasetError(f"{entry.name} does not read as Parquet: {str(error)[:200]}; {mend}") from error
 
 
 def _no_parquet(name: str, head: bytes) -> DatasetError:
@@ -242,8 +259,9 @@ class HubSource:
         begin, end = rows * first // entry.size, rows if last < 0 else rows * last // entry.size
         if self._more is not None:
             table = table.select_columns(_columns_of(table.column_names, self._field, self._prompt, self._more))
-        for at in range(begin, end, _ROWS):
-            columns = table[at : min(at + _ROWS, end)]
+        step = max(1, min(_ROWS, _BYTES * rows // entry.size))
+        for at in range(begin, end, step):
+            columns = table[at : min(at + step, end)]
             batch = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             yield from _rows(batch, self._field, self._prompt, "string", self._source, at, borne)
 

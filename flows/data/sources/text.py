@@ -78,10 +78,13 @@ def decoded(chunks: Iterator[bytes], name: str, borne: Borne) -> Iterator[str]:
 
 
 def nul_byte(where: str, head: bytes) -> DatasetError:
-    """``head``: the file's first bytes, by which UTF-16 is told: every second one of them is 0."""
+    """``head``: the file's first bytes, by which UTF-16 is told: every second one of them is 0, the others are text."""
     zeros = [head[first::2].count(0) * 2 > len(head[first::2]) for first in (0, 1)]
-    what = "no text (a binary file, or one whose end was never written); narrow data.source, or mend the file"
-    if zeros[0] != zeros[1]:
+    what = (
+        "no text (a binary file, tokens, or one whose end was never written); texts are read, not tokens: narrow "
+        "data.source, or mend the file"
+    )
+    if zeros[0] != zeros[1] and not any(0 < letter < 32 and letter not in b"\t\n\f\r" for letter in head):
         form = "UTF-16BE" if zeros[0] else "UTF-16LE"
         what = f"text in UTF-16 without its mark; convert it: iconv -f {form} -t UTF-8"
     return DatasetError(f"{where} holds a NUL byte: the file is {what}")

@@ -7,7 +7,10 @@ import hashlib
 import json
 import logging
 import lzma
+import os
+import pickle
 import random
+import re
 import signal
 import threading
 import zipfile
@@ -20,7 +23,8 @@ import pytest
 from checkpoint.store import Store, open_store
 from flows.data import documents, load_tokenizer, prepare
 from flows.data.prepare import telling
-from flows.data.tokenizer import LONG_WORD, cut_long_words
+from flows.data.sources import Document, base, files
+from flows.data.tokenizer import LONG_WORD, SAFE_CUT, cut_long_words
 from tests.support.place import Place, finish
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError
@@ -111,6 +115,12 @@ def parquet() -> bytes:
         ("some text".encode("utf-16-le"), "iconv -f UTF-16LE"),
         ("some text".encode("utf-16-be"), "iconv -f UTF-16BE"),
         (b"PARE" + bytes(40) + b"PARE", "Parquet, encrypted"),
+        (b"FEA1" + bytes(40), "Feather, version 1, .* Parquet"),
+        (b"\xff\xff\xff\xff" + bytes(40), "a stream of Arrow, .* Parquet"),
+        (b"MMIDIDX\0\0" + bytes(40), "the index of Megatron's tokens, .*; name the texts that they were made of"),
+        ((20240520).to_bytes(4, "little") + bytes(40), "a file of llm.c's tokens, .*; name the texts"),
+        (pickle.dumps(["x" * 300], 2), "a Python pickle"),
+        (bytes([5, 0, 61, 0, 30, 0, 2, 0]) * 9, ":1 holds a NUL byte: the file is no text .*not tokens"),
     ],
     ids=lambda value: value[:12].hex() if isinstance(value, bytes) else "",
 )
@@ -153,6 +163,13 @@ def test_bytes_that_are_no_utf8_in_text_are_replaced_and_told(here: Path, caplog
     assert told[0].startswith("0.txt:1 (byte 0xE9): bytes that are no UTF-8")
     assert told[2].startswith("2.txt:3 (byte 0xE9)")
     assert [line.partition(":")[0] for line in told[3:]] == ["2 more"]
+
+
+def test_a_name_that_is_no_utf8_is_told(here: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    Path(os.fsdecode(b"caf\xe9.txt")).write_bytes(b"caf\xe9 " + WORDS.encode())
+    prepare(DataSpec(source="text:*.txt", vocab_size=257), store)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith(r"caf\udce9.txt:1 (byte 0xE9): bytes that are no UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -263,6 +280,28 @@ def test_a_word_of_megabytes_takes_seconds(here: Path, store: Store, unit: str) 
     tokenizer = load_tokenizer(store, dataset)
     assert max(map(len, tokenizer.get_vocab())) > 64  # it has learnt from it
     assert dataset.tokens < 100_000
+
+
+def test_a_line_and_a_word_of_many_chunks_are_put_together_once(
+    here: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work that grows with the square of their length would take minutes."""
+    monkeypatch.setattr(files, "CHUNK", 64)
+    word = "ACGT" * 500_000
+    fill("a.jsonl", text=json.dumps({"text": word}) + "\n" + json.dumps({"text": "b"}))
+    assert texts("jsonl:a.jsonl") == [word, "b"]
+    parts = (word[at : at + 64] for at in range(0, len(word), 64))
+    assert list(Document("d", "", parts=lambda: parts).blocks(SAFE_CUT)) == [word]
+
+
+@pytest.mark.parametrize("cut", [None, SAFE_CUT], ids=["whole", "word"])
+def test_what_must_be_seen_as_a_whole_has_a_limit(monkeypatch: pytest.MonkeyPatch, cut: re.Pattern[str] | None) -> None:
+    monkeypatch.setattr(base, "WHOLE_LETTERS", 1 << 20)
+    why = "it may look over any border of words" if cut is None else "a word without an end"
+    with pytest.raises(
+        DatasetError, match=rf"^a.txt has more than 1 MiB of text in a row .*{why}.*; cut the text into"
+    ):
+        list(Document("a.txt", "", parts=lambda: iter(["x" * (1 << 20)] * 2)).blocks(cut))
 
 
 def test_only_long_words_are_cut() -> None:

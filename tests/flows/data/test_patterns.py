@@ -203,3 +203,15 @@ def test_a_name_with_a_line_end_stays_on_a_line(here: Path) -> None:
     fill("c/a\nb.jsonl")
     with pytest.raises(DatasetError, match=r"^c/a\\nb.jsonl:1 is no JSON object"):
         texts("jsonl:c/*")
+
+
+def test_folders_that_match_beside_files_are_told(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Spark's ``x.parquet`` is one: nothing is left out in silence."""
+    for name in ("c/a.txt", "c/x.txt/part.txt", "c/sub/b.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("x")
+    assert files_of("text:c/*.txt") == ["c/a.txt"]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "1 folder(s) match too, and what is in them is not read; text:c/*.txt/**/* reads that" in told
+    assert files_of("text:c/*") == ["c/a.txt"]
+    assert len(caplog.records) == 1

@@ -17,7 +17,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from checkpoint.store import Store, open_store
 from flows.data import encoding, prepare, validation_of
@@ -25,7 +25,7 @@ from flows.data.pieces import cut
 from flows.data.runners import InTurn
 from flows.data.shards import spread
 from flows.data.sources import Borne, Document, Entry, base, documents, open_source
-from flows.data.tokenizer import EOT, cut_long_words, train_tokenizer
+from flows.data.tokenizer import EOT, GivenTokenizer, cut_long_words, given_tokenizer, train_tokenizer
 from tests.flows.data.test_prepare import WORDS, objects
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
@@ -154,30 +154,79 @@ def trained() -> Tokenizer:
     return train_tokenizer([text_of(dice, 400) for _ in range(6)], 500)
 
 
-@pytest.mark.parametrize("kind", ["bytes", "llama", "metaspace", "added"])
+@pytest.fixture(scope="module")
+def marked() -> dict[str, Any]:
+    """The model of a tokenizer of SentencePiece's kind: ``\u2581`` stands for a blank, bytes for what it lacks."""
+    dice = random.Random(2)
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    names = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=names, limit_alphabet=60)
+    tokenizer.train_from_iterator([text_of(dice, 400) for _ in range(6)], trainer)
+    tree = dict(json.loads(tokenizer.to_str()))
+    return tree | {"added_tokens": tree["added_tokens"][:2], "pre_tokenizer": None}
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+SPACED: dict[str, dict[str, Any]] = {
+    "llama 2": {"normalizer": {"type": "Sequence", "normalizers": [PREPEND, REPLACE]}},
+    "gemma": {"normalizer": REPLACE, "pre_tokenizer": SPLIT},
+    **{
+        f"metaspace {scheme} {split}": {
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": split}
+        }
+        for scheme in ("first", "always", "never")
+        for split in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("kind", [*SPACED, "a token across", "a mark across", "merges ignored", "unicode"])
+def test_a_text_cut_at_blanks_has_the_same_tokens(
+    marked: dict[str, Any], small: Callable[[int], None], kind: str
+) -> None:
+    tree = json.loads(json.dumps(marked | SPACED.get(kind, SPACED["llama 2"])))
+    if kind == "a token across":
+        tree["model"]["vocab"]["e\u2581"] = 600
+    if kind == "a mark across":
+        tree["added_tokens"][1]["content"] = "fox"
+    if kind == "merges ignored":
+        tree["model"]["ignore_merges"] = True
+    if kind == "unicode":
+        tree["normalizer"]["normalizers"].append({"type": "NFKC"})
+    tokenizer = GivenTokenizer(b"", Tokenizer.from_str(json.dumps(tree)), "it", None, tree)
+    pattern, dice, several = tokenizer.cut, random.Random(7), 0
+    assert (pattern is not None) == (kind in SPACED)
+    for _ in range(150 if pattern else 0):
+        text = text_of(dice, 30) + dice.choice(["<s>", " <s>", "<s> ", "<s>\n", ""]) + text_of(dice, 30)
+        blocks = list(Document("d", text).blocks(pattern))
+        several += len(blocks) > 1
+        cut_ids = [i for block in blocks for i in tokenizer.tokenizer.encode(block, add_special_tokens=False).ids]
+        assert cut_ids == tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    assert (several > 60) == (pattern is not None)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "llama", "qwen", "numbers", "added"])
 def test_a_text_cut_in_blocks_has_the_same_tokens(
     trained: Tokenizer, small: Callable[[int], None], tmp_path: Path, kind: str
 ) -> None:
     tree = json.loads(trained.to_str())
-    if kind == "llama":
+    if kind in ("llama", "qwen"):
         tree["pre_tokenizer"] = LLAMA
-    if kind == "metaspace":
-        tree["pre_tokenizer"] = {
-            "type": "Metaspace",
-            "replacement": "\u2581",
-            "prepend_scheme": "always",
-            "split": True,
-        }
+    if kind == "qwen":
+        tree["normalizer"] = {"type": "NFC"}
+    if kind == "numbers":
+        tree["pre_tokenizer"] = {"type": "Digits", "individual_digits": True}
     if kind == "added":
         tree["added_tokens"][0]["rstrip"] = True
     path = tmp_path / "t.json"
     path.write_text(json.dumps(tree))
-    from flows.data.tokenizer import given_tokenizer
-
     tokenizer = given_tokenizer(DataSpec(tokenizer=str(path)))
     assert tokenizer is not None
     pattern, dice, several = tokenizer.cut, random.Random(7), 0
-    assert (pattern is None) == (kind in ("metaspace", "added"))
+    assert (pattern is None) == (kind in ("numbers", "added"))
     for _ in range(150):
         text = text_of(dice, 30)
         blocks = list(Document("d", text).blocks(pattern))

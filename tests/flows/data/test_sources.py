@@ -17,7 +17,7 @@ import zstandard
 
 from checkpoint.store import open_store
 from flows.data import documents, prepare
-from flows.data.sources import open_source
+from flows.data.sources import open_source, tables
 from flows.data.sources.base import Borne
 from tests.flows.data.test_pieces import never
 from trainer.errors import DatasetError, SpecError
@@ -148,7 +148,7 @@ def test_parquet_gives_its_texts_in_any_pieces(here: Path, small: Callable[[int]
             r"has no column 'text'; its columns are 'id', 'content': name .*content",
         ),
         (lambda: table("c/a", text=list(range(30))), r"column 'text' is of type int64, not of text"),
-        (lambda: table("c/a", text=[None] * 30), r"column 'text' is of type null, not of text"),
+        (lambda: table("c/a", text=[None] * 30), r"of type null, not of text; all of it is null: leave c/a out"),
         (lambda: table("c/a", text=[b"x"] * 30), r"is of type binary, not of text; write it as one: .*cast"),
         (
             lambda: table("c/a", text=[{"a": "x"}] * 30),
@@ -164,13 +164,43 @@ def test_parquet_gives_its_texts_in_any_pieces(here: Path, small: Callable[[int]
             r"it is packed once more; unpack it: gunzip -k 'c/a'",
         ),
         (lambda: Path("c/a").write_bytes(b"PARE" + bytes(90)), r"c/a is Parquet, encrypted, not a Parquet file"),
-        (lambda: Path("c/a").write_bytes(b"ARROW1\0\0"), r"c/a is Arrow, not a Parquet file; write its texts as JSON"),
+        (
+            lambda: Path("c/a").write_bytes(b"ARROW1\0\0"),
+            r"c/a is Arrow, not a Parquet file; write its texts as Parquet",
+        ),
     ],
 )
 def test_parquet_that_has_no_text_is_refused_with_why(here: Path, make: Callable[[], Any], words: str) -> None:
     make()
     with pytest.raises(DatasetError, match=words):
         texts("parquet:c/a")
+
+
+def test_parquet_that_has_no_rows_of_its_own(here: Path) -> None:
+    """What Spark writes beside the files of a folder."""
+    kept: list[Any] = []
+    rows = pyarrow.table({"text": TEXTS})
+    pyarrow.parquet.write_to_dataset(rows, "c", metadata_collector=kept)
+    pyarrow.parquet.write_metadata(rows.schema, "c/_metadata", metadata_collector=kept)
+    with pytest.raises(DatasetError, match=r"c/_metadata does not read as Parquet.*parquet:FOLDER/\*.parquet"):
+        texts("parquet:c/*")
+    assert texts("parquet:c/*.parquet") == TEXTS
+
+
+def test_large_rows_are_not_held_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table("c/a", 40, text=TEXTS, more=["x" * 99] * 30)
+    monkeypatch.setattr(tables, "_BYTES", 500)
+    file = pyarrow.parquet.ParquetFile("c/a")
+    whole = pyarrow.parquet.ParquetFile.iter_batches
+    sizes: list[int] = []
+
+    def batches(self: Any, rows: int, *more: Any, **options: Any) -> Any:
+        sizes.append(rows)
+        return whole(self, rows, *more, **options)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", batches)
+    assert texts("parquet:c/a") == TEXTS
+    assert sizes == [500 * 30 // file.metadata.row_group(0).column(1).total_uncompressed_size]
 
 
 def test_parquet_whose_text_is_no_utf8(here: Path) -> None:

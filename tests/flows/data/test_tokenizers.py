@@ -175,6 +175,7 @@ def bpe(vocab: Sequence[str], **settings: Any) -> Tokenizer:
         (Tokenizer(models.Unigram([("q", -1.0), ("w", -2.0)])), r"cannot encode 1.txt"),
         (Tokenizer(models.Unigram([("<unk>", 0.0), ("w", -2.0)], unk_id=0)), r"every token .* unknown"),
         (bpe(["q", "[UNK]"], unk_token="[UNK]"), r"every token .* unknown"),
+        (bpe(["<0x61>", "a"], byte_fallback=True), r"cannot encode 1.txt: .*leaves out 1 character\(s\) of it, .*'b'"),
     ],
     ids=lambda value: type(value.model).__name__ if isinstance(value, Tokenizer) else value[:20],
 )
@@ -182,6 +183,51 @@ def test_a_tokenizer_that_cannot_encode_the_text(here: Path, store: Store, token
     with pytest.raises(DatasetError, match=says):
         given(tokenizer, store, end_token="")
     assert not list(store.list(""))
+
+
+def bytes_of(*, without: str, typed: bool = True) -> dict[str, Any]:
+    """A tokenizer of bytes whose vocabulary has them all but those which these letters stand for."""
+    letters = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(without))
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate([*letters, EOT])}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    tree = dict(json.loads(tokenizer.to_str()))
+    if not typed:  # as files of 2020
+        del tree["model"]["type"]
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("without", "typed", "lost"),
+    [
+        ("\u010a", True, r"2 character\(s\) of it, 2 of them '\\n';"),
+        ("\u00c3", True, r"1 character\(s\) of it, 1 of them 'é' \(LATIN"),
+        ("\u0120", False, r"3 character\(s\) of it, 3 of them ' '"),
+        ("\u00c0\u00ff", True, None),
+    ],
+    ids=["a line's end", "half a character", "an old file", "what UTF-8 lacks"],
+)
+def test_bytes_that_a_tokenizer_leaves_out(
+    here: Path, store: Store, without: str, typed: bool, lost: str | None
+) -> None:
+    """Real ones lack some: trained line by line, or without the alphabet of bytes."""
+    (here / "1.txt").write_text("a © é b\nc\n")
+    if lost is None:
+        dataset = given(bytes_of(without=without), store)
+        assert load_tokenizer(store, dataset).decode(tokens(store, dataset)[:12]) == "a © é b\nc\n"
+        return
+    with pytest.raises(DatasetError, match=r"cannot encode 1.txt: it has no unknown token and leaves out " + lost):
+        given(bytes_of(without=without, typed=typed), store)
+
+
+def test_an_unknown_token_that_stands_for_much_says_so(
+    here: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of WordPiece a word above 100 characters is one."""
+    (here / "1.txt").write_text("a " * 1000 + "acgt" * 500)
+    tokenizer = Tokenizer(models.WordPiece({"a": 0, "b": 1, "[UNK]": 2, EOT: 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    given(tokenizer, store)
+    assert "0.1 % of the tokens are unknown to it (token 2), which stand for 49.9 % of the text" in caplog.text
 
 
 def test_one_that_knows_little_says_so(here: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
@@ -241,7 +287,14 @@ def test_what_a_tokenizer_means_to_remove_is_no_loss(here: Path, store: Store) -
         (b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "has no token"),
         (b'{"a": 0, "b": 1}', "it is a vocab.json"),
         (b'{"tokenizer_class": "X"}', "it is a tokenizer_config.json"),
+        (b'{"eos_token": "</s>"}', "it is a special_tokens_map.json"),
+        (b'{"model_type": "llama"}', "it is a model's config.json"),
+        (b'{"config": {}, "vocab": []}', "it is a tekken.json"),
+        (b'{"model": {"vocab": {"a": 0,', "it is no JSON to its end; was it cut short"),
+        (b"[PAD]\n[unused0]\n", "it is a vocab.txt"),
+        (b"<unk>\t0\n<s>\t0\n", "it is a vocab.txt"),
         (b"#version: 0.2\na b\n", "merges.txt"),
+        (b"\n\x0e\n\x05<pad>\x15\0\0\0\0\x18\x03\n\x0e\n\x04</s>\x15", "SentencePiece"),
         (b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x0c", "SentencePiece"),
         (b"IQ== 0\nIg== 1\n", "tiktoken"),
         (b'\xff\xfe{"model"', "it is text in UTF-16; convert it: iconv"),
