@@ -6,6 +6,7 @@ is the caller's (``flows/drive/begin_from.py``). The format: ``export.py``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from checkpoint.export import DTYPES, INDEX, MAX_HEADER_BYTES, WEIGHTS
 from checkpoint.export_to import ADAPTER
 
 MAX_TENSORS = 1 << 20
+MAX_ADAPTER_BYTES = 1 << 20
 SIZES = DTYPES | {"BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 """Bytes of an element of every type whose elements are whole bytes: what a type is good for is the caller's."""
 
@@ -85,13 +87,16 @@ def _gone(path: Path) -> str:
 
 def _adapter(folder: Path) -> str | None:
     """The file by which a folder holds an adapter, and what it says of it; None where it holds none."""
-    found = sorted(entry.name for entry in folder.iterdir() if ADAPTER.fullmatch(entry.name))
+    try:
+        found = sorted(entry.name for entry in folder.iterdir() if ADAPTER.fullmatch(entry.name))
+    except OSError:  # its files may be read all the same
+        found = [name for name in ("adapter_config.json",) if (folder / name).is_file()]
     if not found:
         return None
-    try:
-        said = json.loads((folder / "adapter_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        said = None
+    config, said = folder / "adapter_config.json", None
+    if config.is_file():
+        with contextlib.suppress(NoWeights, ValueError, RecursionError):
+            said = json.loads(_read(config, MAX_ADAPTER_BYTES))
     told = [said.get(key) for key in ("peft_type", "base_model_name_or_path")] if isinstance(said, dict) else []
     kind, base = (str(value)[:80] if value else "" for value in told or ("", ""))
     return found[0] + (f": {kind or 'made'} for {base!r}" if base else "")

@@ -124,7 +124,11 @@ def not_utf8(data: bytes, error: UnicodeDecodeError) -> str:
 _LINES: tuple[tuple[str, str], ...] = (
     (r"---\s*$", "that begins YAML, and a spec is TOML: key = value below [section]"),
     (r"\s*(//|--|;|%)", "a comment begins with #"),
-    (r"\s*\{", "that is JSON, and a spec is TOML: key = value below [section]"),
+    (
+        r"\s*\{",
+        "that is JSON, and a spec is TOML: key = value below [section] (of a model's config.json: "
+        "hotstage init --from FILE)",
+    ),
     (r"\s*[\w.-]+\s*:(\s|$)", "a key and its value are joined by =, not by a colon"),
     (r"[^=]*=\s*(True|False|TRUE|FALSE)\b", "true and false are written in lower case"),
     (r"[^=]*=\s*(None|null|nil|NULL)\b", "there is no null: leave the key out"),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flows.cli.main import json_option, say, set_option, show, store_option
+from flows.cli.main import SpecFile, json_option, say, set_option, show, store_option
 from flows.cli.signals import Signals
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("spec", type=click.Path(dir_okay=False))
+@click.argument("spec", type=SpecFile())
 @click.option("--again", is_flag=True, help="Make it again even where it exists; damaged objects are replaced.")
 @click.option(
     "--dask",

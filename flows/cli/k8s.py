@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from flows.cli.doctor import tell_checks
-from flows.cli.main import Number, json_option, say, set_option, show, store_option
+from flows.cli.main import Number, SpecFile, json_option, say, set_option, show, store_option
 
 _namespace = click.option("--namespace", "-n", help="Default: launch.namespace of the spec or the run.")
 
@@ -31,7 +31,7 @@ def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, 
 
 
 @k8s.command()
-@click.argument("spec", type=click.Path(dir_okay=False))
+@click.argument("spec", type=SpecFile())
 @set_option
 @store_option
 @json_option
@@ -53,7 +53,7 @@ def render(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -
 
 
 @k8s.command()
-@click.argument("spec", type=click.Path(dir_okay=False))
+@click.argument("spec", type=SpecFile())
 @set_option
 @store_option
 @click.option("--dry-run", is_flag=True, help="Only have the API server check the objects; create nothing.")
@@ -92,7 +92,7 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
 
 
 @k8s.command()
-@click.argument("spec", type=click.Path(dir_okay=False), required=False)
+@click.argument("spec", type=SpecFile(), required=False)
 @set_option
 @store_option
 @_namespace

@@ -9,6 +9,7 @@ import keyword
 import logging
 import math
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -142,6 +143,23 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
         return number
+
+
+class SpecFile(click.Path):
+    """The file of a spec; a folder is told what makes one of a model that lies in it."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if os.path.isdir(value):
+            self.fail(
+                f"{value!r} is a folder, and a spec is a TOML file; of a model in it `hotstage import "
+                f"{shlex.quote(str(value))}` writes one.",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
 
 
 step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import json_option, say, set_option, show, store_option, write_out
+from flows.cli.main import SpecFile, json_option, say, set_option, show, store_option, write_out
 
 if TYPE_CHECKING:
     from trainer.planner.cluster import ClusterSpec
@@ -18,7 +18,7 @@ CLUSTER_SET = "cluster."
 
 
 @click.command()
-@click.argument("spec", type=click.Path(dir_okay=False))
+@click.argument("spec", type=SpecFile())
 @set_option
 @store_option
 @json_option

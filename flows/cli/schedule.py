@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flows.cli.main import Number, complain, out_option, say, set_option, store_option
+from flows.cli.main import Number, SpecFile, complain, out_option, say, set_option, store_option
 from flows.cli.signals import stopped_by_signals
 from flows.cli.sweep import points_of, sweep_options
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("spec", type=click.Path(dir_okay=False))
+@click.argument("spec", type=SpecFile())
 @click.option("--cron", help='When, e.g. "0 2 * * *".')
 @click.option(
     "--interval", type=Number(min=1), metavar="SECONDS", help="Instead of --cron: seconds between two starts."

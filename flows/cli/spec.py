@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 import click
@@ -24,6 +26,8 @@ def init(preset: str | None, config: str | None, device: str) -> int:
     if config is not None:
         if preset is not None:
             raise click.UsageError("give a PRESET or --from PATH, not both")
+        if not config:
+            raise click.UsageError("--from is empty; give a config.json, or the folder that it lies in")
         from flows.cli.from_config import spec_text
 
         click.echo(_for(device, spec_text(Path(config))), nl=False)
@@ -33,7 +37,8 @@ def init(preset: str | None, config: str | None, device: str) -> int:
         if preset is None:
             click.echo(f"presets: {names}")
             return 0
-        raise click.UsageError(f"there is no preset {preset!r}; there are {names}")
+        path = f"; the model of a config.json: --from {shlex.quote(preset)}" if os.path.exists(preset) else ""
+        raise click.UsageError(f"there is no preset {preset!r}; there are {names}{path}")
     click.echo(_for(device, PRESETS[preset]), nl=False)
     return 0
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import EXIT_CODES, json_option, out_option, say, set_option, show, store_option
+from flows.cli.main import EXIT_CODES, SpecFile, json_option, out_option, say, set_option, show, store_option
 from flows.cli.signals import Signals
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def points_of(grid: tuple[str, ...], listed: str | None, *, needed: bool) -> lis
 
 
 @click.command(epilog=EXIT_CODES)
-@click.argument("spec", type=click.Path(dir_okay=False))
+@click.argument("spec", type=SpecFile())
 @sweep_options
 @set_option
 @store_option

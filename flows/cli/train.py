@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flows.cli.main import EXIT_CODES, complain, json_option, out_option, set_option, store_option
+from flows.cli.main import EXIT_CODES, SpecFile, complain, json_option, out_option, set_option, store_option
 from flows.cli.signals import Signals
 from flows.cli.voice import Voice
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog=EXIT_CODES)
-@click.argument("spec", type=click.Path(dir_okay=False))
+@click.argument("spec", type=SpecFile())
 @set_option
 @store_option
 @out_option

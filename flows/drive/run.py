@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -281,7 +283,8 @@ def find_run(store: Store, name: str) -> str:
     if fitting:
         raise SpecError(f"{name!r} is the beginning of {', '.join(fitting[:5])}; write more of the name")
     known = f"; it has {', '.join(names[:8])}" if names else "; it has no runs"
-    raise SpecError(f"there is no run {name!r} in {store.describe()}{known} (see --store and HOTSTAGE_STORE)")
+    folder = f"; a run of the model in that folder: hotstage import {shlex.quote(name)}" if os.path.isdir(name) else ""
+    raise SpecError(f"there is no run {name!r} in {store.describe()}{known} (see --store and HOTSTAGE_STORE){folder}")
 
 
 def readable(store: Store, run: str) -> RunState:

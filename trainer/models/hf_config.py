@@ -174,8 +174,11 @@ def rope_base(config: Mapping[str, Any], default: float) -> float:
             continue
         if not isinstance(value, Mapping):
             raise SpecError(f"config.json: {key} is {_short(value)}; it must be an object or null")
-        if set(value) == {"full_attention"} and isinstance(value["full_attention"], Mapping):
-            value = value["full_attention"]
+        if any(str(name).endswith("_attention") for name in value):  # transformers passes them over here
+            raise SpecError(
+                f"config.json: {key} is {_short(value)}; this family has one kind of layers: write rope_type and "
+                f"rope_theta into {key} itself"
+            )
         kind = value.get("rope_type", value.get("type"))
         scaled = {k: v for k, v in value.items() if k not in ("rope_type", "type", "rope_theta")}
         plain = kind == "default" or (kind is None and not scaled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -44,6 +45,10 @@ def poison(name: str, value: float) -> Change:
 def adapter(folder: Path, *_: object) -> None:
     told = {"peft_type": "LORA", "base_model_name_or_path": "gpt2"}
     (folder / "adapter_config.json").write_text(json.dumps(told))
+
+
+def adapter_of_no_words(folder: Path, *_: object) -> None:
+    os.mkfifo(folder / "adapter_config.json")
 
 
 def renamed(arrays: Arrays, before: str) -> None:
@@ -106,6 +111,7 @@ WRONG: list[tuple[str, Change, str, int]] = [
     ("code", lambda f, a, c: c.update({"auto_map": {"AutoModel": "x"}}), "this version computes models without", 78),
     ("vocabulary", long_tokenizer, "the tokenizer has 320 tokens, the weights of .* have rows for 307", 65),
     ("an adapter beside", adapter, r"an adapter beside a model \(adapter_config.json: LORA for .gpt2.\), .* merge", 65),
+    ("an adapter's name", adapter_of_no_words, r"an adapter beside a model \(adapter_config.json\), and", 65),
     ("turned over", lambda f, a, c: a.update({n: v.T.copy() for n, v in a.items() if "c_attn.weight" in n}),
      r"c_attn.weight is 90 x 30, .* they are turned over", 78),
     ("other layers", lambda f, a, c: c.update({"n_layer": 1}), "says 1 layers, the files have 2: write that", 78),
@@ -238,6 +244,27 @@ def test_what_is_no_folder_is_told_with_the_mend(
         (tmp_path / name).write_text("{}")
     code, said = called(["import", argument])
     assert code == 2
+    assert re.search(says, said), said
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["train", "."], 2, "'.' is a folder, and a spec is a TOML file; of a model in it `hotstage import .` writes"),
+        (["plan", "config.json"], 78, "that is JSON, .*of a model's config.json: hotstage init --from FILE"),
+        (["chat", "."], 78, "there is no run '.' .* a run of the model in that folder: hotstage import ."),
+        (["init", "config.json"], 2, "there is no preset 'config.json'; .* of a config.json: --from config.json"),
+        (["init", "--from="], 2, "--from is empty; give a config.json"),
+    ],
+)
+def test_a_model_in_place_of_a_spec_or_a_run_is_told_its_command(
+    words: list[str], code: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOTSTAGE_STORE", f"file://{tmp_path}/store")
+    (tmp_path / "config.json").write_text("{\n}")
+    found, said = called(words)
+    assert found == code
     assert re.search(says, said), said
 
 

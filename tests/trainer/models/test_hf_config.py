@@ -56,6 +56,10 @@ def read(config: dict[str, Any]) -> ModelSpec:
         ({"rope_scaling": "linear"}, "rope_scaling"),
         ({"rope_scaling": 4}, "rope_scaling"),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "default"}}}, "sliding_attention"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}},
+            "into rope_parameters itse",
+        ),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "which one"),
         ({"rope_theta": "big"}, "rope_theta"),
@@ -126,7 +130,6 @@ def test_what_changes_the_computation_is_refused(base: dict[str, Any], more: dic
         ({"rope_parameters": None, "rope_theta": 1_000_000}, {"rope_base": 1e6}),
         ({"rope_parameters": {"rope_theta": 5e5}}, {"rope_base": 5e5}),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_theta": 5e5}, {"rope_base": 5e5}),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 5e5, "rope_type": "default"}}}, {"rope_base": 5e5}),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}, {"rope_base": 1e4}),
         ({"rope_theta": None}, {"rope_base": 1e4}),
         ({"partial_rotary_factor": 1}, {}),
