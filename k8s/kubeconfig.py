@@ -83,7 +83,8 @@ def load_cluster(given: str | None, context: str | None) -> Access:
                 config_file=file, context=chosen.name, client_configuration=configuration
             )
     except Exception as error:  # what gives a user's credentials may fail in any way
-        raise LaunchRefused(f"{chosen}: {' '.join(str(error).split())[:300]}; {_ANEW}") from error
+        empty = f"{', '.join(chosen.empty)} without a value, take that out: " if chosen.empty else ""
+        raise LaunchRefused(f"{chosen}: {empty}{' '.join(str(error).split())[:300]}; {_ANEW}") from error
     if chosen.giver and not configuration.api_key and not configuration.cert_file:
         # of a program that only failed the client says something of None; its own words are on the terminal
         words = "" if any("NoneType" in text for text in said) else " ".join(said)[:300]
@@ -91,7 +92,7 @@ def load_cluster(given: str | None, context: str | None) -> Access:
         raise Unauthenticated(f"{chosen}: {chosen.giver} gave no credentials{why}; log in again, or mend what it says")
     for text in said:
         log.warning("%s: %s", chosen, text)
-    return Access(configuration, _as_whom(chosen.user), configuration.proxy or "", chosen.name, chosen.namespace)
+    return Access(configuration, _as_whom(chosen), configuration.proxy or "", chosen.name, chosen.namespace)
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,12 @@ class Context:
     def __str__(self) -> str:
         """For people."""
         return f"kubeconfig {self.file}, context {self.name!r}"
+
+    @property
+    def empty(self) -> list[str]:
+        """Keys without a value, which is no text to the client and nothing to kubectl."""
+        sides = (("cluster", self.cluster), ("user", self.user))
+        return [f"{side}.{key}" for side, tree in sides for key, value in tree.items() if value is None]
 
     @property
     def program(self) -> str:
@@ -135,12 +142,13 @@ def choose_context(file: str, trees: Sequence[tuple[str, Json]], wanted: str | N
         )
     own = contexts[name][1].get("context") or {}
     found: dict[str, tuple[str, Json]] = {"user": ("", {})}
+    for key in ("cluster", "user", "namespace"):
+        if not isinstance(own.get(key) or "", str):
+            raise LaunchRefused(
+                f"kubeconfig {file}, context {name!r}: its {key} {own[key]!r} is no text; write names in quotes"
+            )
     for key, rows in (("cluster", clusters), ("user", users)):
         named = own.get(key)
-        if named is not None and not isinstance(named, str):
-            raise LaunchRefused(
-                f"kubeconfig {file}, context {name!r}: its {key} {named!r} is no text; write names in quotes"
-            )
         if named in rows:
             found[key] = rows[named][0], rows[named][1].get(key) or {}
         elif named or key == "cluster":
@@ -200,9 +208,9 @@ def _read(path: str) -> Json:
 def _check_files(chosen: Context) -> None:
     """What the context needs beside the file: LaunchRefused where a certificate or the program is not there."""
     server = str(chosen.cluster.get("server") or "")
-    if not re.match(r"https?://[^/]", server):
+    if not re.match(r"(?i:https?)://[^/\s]\S*\Z", server):
         raise LaunchRefused(f"{chosen}: its cluster's server is {server!r}; write it as https://host:port, or {_ANEW}")
-    secure = server.startswith("https")
+    secure = server.lower().startswith("https")
     for side, keys in _FILES.items():
         tree: Json = getattr(chosen, side)
         for key in keys if secure else ():
@@ -279,10 +287,13 @@ def _check_program(chosen: Context) -> None:
         )
 
 
-def _as_whom(user: Json) -> tuple[tuple[str, str], ...]:
+def _as_whom(chosen: Context) -> tuple[tuple[str, str], ...]:
     """The headers of a user who acts as another one, which kubectl sends and the client leaves out."""
-    said = {header: user.get(key) for key, header in _AS.items()}
-    for key, values in (user.get("as-user-extra") or {}).items():
+    said = {header: chosen.user.get(key) for key, header in _AS.items()}
+    extra = chosen.user.get("as-user-extra") or {}
+    if not isinstance(extra, Mapping):
+        raise LaunchRefused(f"{chosen}: its as-user-extra holds {shown(extra)}; write it as a table, or {_ANEW}")
+    for key, values in extra.items():
         said[f"Impersonate-Extra-{quote(str(key).lower(), safe='')}"] = values
     several = {header: values if isinstance(values, list) else [values] for header, values in said.items() if values}
     return tuple((header, str(value)) for header, values in several.items() for value in values)

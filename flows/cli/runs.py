@@ -112,14 +112,14 @@ def list_runs(owner: str | None, since: float | None, state: str | None, store: 
     """
     from flows.drive.run import run_names
     from flows.drive.train import store_at
-    from flows.show.facts import summary
+    from flows.show.facts import summaries
 
     def asked_for(row: Mapping[str, Any]) -> bool:
         theirs = owner is None or owner in (row["owner"], row["owner"].partition("@")[0])
         return theirs and (since is None or (row["began"] or 0.0) >= since) and (state is None or row["state"] == state)
 
     opened = store_at(store)
-    every = [summary(opened, name) for name in run_names(opened)]
+    every = summaries(opened, list(run_names(opened)))
     rows = [row for row in every if asked_for(row)]
     if as_json:
         show(rows)

@@ -144,20 +144,26 @@ class Driving:
     clock: Callable[[], float] = time.monotonic
     told: DriverNote = field(init=False)
     _at: float | None = None
+    _first: int | None = None  # how many records it knew at its first beat
     _began: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         self.told = DriverNote.of_process(self.out)
 
-    def stopped_beside(self, since: float) -> DriverNote | None:
-        """Another driver that a person stopped since then (seconds since 1970) and since this one began."""
-        since = max(since, self._began)
+    def stopped_beside(self, epoch: int) -> DriverNote | None:
+        """Another driver that a person stopped in this attempt, since this one began: it knew more records of the log,
+        or as many and a later time.
+        """
+        first = (self._first or 0, self._began)
         others = (told for told in Ears(self.store, self.run).known() if told.token != self.told.token)
-        return next((told for told in others if told.left == STOPPED and told.at >= since), None)
+        return next(
+            (told for told in others if told.left == STOPPED and told.n >= epoch and (told.n, told.at) >= first), None
+        )
 
     def beat(self, n: int) -> None:
         """It drives, and knows so many records of the log. Written at most every `BEAT_S`, a new page at once."""
         now, (api, flow_run) = self.clock(), self.page()
+        self._first = n if self._first is None else self._first
         if self._at is not None and now - self._at < BEAT_S and flow_run == self.told.flow_run:
             return
         self._at = now

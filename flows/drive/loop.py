@@ -263,7 +263,7 @@ class Driver:
         """A person who stops a run from one of several terminals has it stopped in all of them."""
         if newest is None or self.driving is None or self.launcher.detaches:
             return
-        other = self.driving.stopped_beside(newest.time)
+        other = self.driving.stopped_beside(newest.epoch)
         if other is not None:
             self._teller.phase("stopping", f"the run was stopped from another terminal ({other.describe()})")
             self._asked_at = other.n

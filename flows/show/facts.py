@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from checkpoint.curve import AttemptRow, Curve
@@ -39,6 +41,7 @@ TRACE_CAP = 64 << 20
 _NO_TIME = ("vocab", "steps", "seed", "optimizer", "schedule", "max_batch_tokens")
 """Keys of a model and its training that change no time, or that a spec without its data does not know."""
 TRACED = 8
+AT_ONCE = 16
 EVALUATIONS_SHOWN = 10
 TAILS = 8
 """Attempts whose last lines are looked for beyond the index: an agent that was lost with its machine left it behind."""
@@ -58,6 +61,12 @@ def skipped_samples(state: RunState, info: CheckpointInfo) -> int:
     attempt = state.attempt(info.epoch)
     batch = attempt.amendments.batch(info.step) if attempt else info.step
     return info.data_position // batch * (batch - info.step) if batch else 0
+
+
+def summaries(store: Store, runs: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each in its order, several asked for at a time: a run takes a handful of requests, one after the other."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(partial(summary, store), runs))
 
 
 def summary(store: Store, run: str) -> dict[str, Any]:

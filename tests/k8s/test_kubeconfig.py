@@ -48,6 +48,11 @@ def asked(server: ApiServer, folder: Path, **user: Any) -> Api:
     return Api.load(str(folder / "config"))
 
 
+def test_a_server_s_scheme_in_capitals(server: ApiServer, tmp_path: Path) -> None:
+    (tmp_path / "config").write_text(json.dumps(config({"token": "t"}, {"server": server.url.replace("http", "HTTP")})))
+    assert Api.load(str(tmp_path / "config")).get("/version") == {"gitVersion": "v1.35.4"}
+
+
 GARBAGE = base64.b64encode(bytes(range(256))).decode()
 EMPTY_PEM = base64.b64encode(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").decode()
 KEY_PEM = base64.b64encode(b"-----BEGIN RSA PRIVATE KEY-----\nAAAA\n-----END RSA PRIVATE KEY-----\n").decode()
@@ -65,6 +70,14 @@ def program(line: str) -> dict[str, Any]:
         (config(clusters=[]), "context 'x': its cluster 'c-x' is not there, it has no clusters; correct it"),
         (config(users=[{"name": "v"}]), "context 'x': its user 'u' is not there, its users are v; correct it"),
         (config(users={"u": {}}), "users is no list of entries with a name each"),
+        (config(cluster={"server": f"{SERVER} "}), "server is 'https://127.0.0.1:1 '; write it as https://host:port"),
+        (config({"token": None}), "context 'x': user.token without a value, take that out: "),
+        (config(cluster={"server": SERVER, "proxy-url": None}), "cluster.proxy-url without a value, take that out"),
+        (config({"token": "t", "as-user-extra": ["x"]}), "as-user-extra holds .*; write it as a table"),
+        (
+            config(contexts=[{"name": "x", "context": {"cluster": "c-x", "namespace": 1}}]),
+            "its namespace 1 is no text; write names in quotes",
+        ),
         (config(cluster={"server": "10.1.2.3:6443"}), "server is '10.1.2.3:6443'; write it as https://host:port"),
         (config(cluster={"server": SERVER, "certificate-authority": "ca.crt"}), "authority is the file /.*/ca.crt, wh"),
         (config(cluster={"server": SERVER, "certificate-authority-data": "abc"}), "authority-data is no base64"),

@@ -54,6 +54,19 @@ def test_a_driver_of_this_process_is_heard_and_its_leaving_too() -> None:
     assert (word.driven, word.stopped, word.gone, word.newest and word.newest.left) == (False, False, (), "succeeded")
 
 
+def test_another_terminal_s_stop_is_heard_whatever_the_clock_says() -> None:
+    """Which may have gone back an hour meanwhile: the log says what was later."""
+    store = MemoryStore()
+    driving = Driving(store, RUN, Path("out"))
+    driving.beat(5)
+    put(store, told("before", left=STOPPED, n=4, at=4e9))
+    assert driving.stopped_beside(3) is None
+    put(store, told("since", left=STOPPED, n=6, at=1.0))
+    assert driving.stopped_beside(7) is None, "an older attempt"
+    assert (found := driving.stopped_beside(6)) is not None
+    assert found.token == "since"
+
+
 def test_beats_are_few_and_a_new_page_is_told_at_once() -> None:
     store, clock, page = MemoryStore(), Clock(), ["", ""]
     driving = Driving(store, RUN, Path("out"), lambda: (page[0], page[1]), clock)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import threading
 from typing import Any
 
 from checkpoint.manifest import Manifest
-from checkpoint.store import open_store
+from checkpoint.store import MemoryStore, open_store
 from flows.show.export import checkpoint_at
-from flows.show.facts import details
+from flows.show.facts import details, summaries
 from flows.show.saved import checkpoint_lines
 from tests.flows.conftest import Trained
 
@@ -49,4 +51,19 @@ def test_the_size_is_that_of_the_manifest(trained: Trained) -> None:
     assert trained.digest in said
     shown = json.loads(trained.place.said("ckpt", "show", trained.run, "--json"))
     assert (shown["bytes"], shown["pins"]) == (manifest.total_bytes, [])
-    assert " ago" in trained.place.said("ckpt", "show", trained.run)
+    assert re.search(" ago|just now", trained.place.said("ckpt", "show", trained.run))
+
+
+def test_several_runs_are_asked_for_at_a_time() -> None:
+    """Of a store in which a request takes its time a thousand runs would take minutes."""
+    names = [f"r{number}-0a1b2c" for number in range(4)]
+    together = threading.Barrier(len(names))
+
+    class Slow(MemoryStore):
+        def get(self, key: str, **more: Any) -> bytes:
+            if key.endswith("/spec"):
+                together.wait(20)
+            return super().get(key, **more)
+
+    rows = summaries(Slow(), names)
+    assert [(row["run"], row["state"]) for row in rows] == [(name, "planned") for name in names]
