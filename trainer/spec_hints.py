@@ -86,7 +86,9 @@ def value_meant(value: object, known: Sequence[str]) -> str:
     >>> value_meant("BFloat16", ("fp32", "bf16")), value_meant("LlamaForCausalLM", ("gpt2", "llama"))
     (": write 'bf16'", ": write 'llama'")
     """
-    plain = re.sub(r"[^a-z0-9]", "", str(value).lower())
+    if not isinstance(value, str):
+        return ""
+    plain = re.sub(r"[^a-z0-9]", "", value.lower())
     plain = _ALSO.get(plain, re.sub("(forcausallm|lmheadmodel)$", "", plain))
     found = next((word for word in known if re.sub(r"[^a-z0-9]", "", word) == plain), None)
     return f": write {found!r}" if found else ""
