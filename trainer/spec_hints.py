@@ -94,7 +94,7 @@ def value_meant(value: object, known: Sequence[str]) -> str:
     return f": write {found!r}" if found else ""
 
 
-_UNITS = {"_mb_s": "MB/s", "_gib": "GiB", "_mib": "MiB", "_s": "seconds"}
+_UNITS = {"_mb_s": "MB/s", "_gbit_s": "Gbit/s", "_gbyte_s": "GB/s", "_gib": "GiB", "_mib": "MiB", "_s": "seconds"}
 
 
 def written_as(key: str, wanted: str, value: object) -> str:

@@ -35,7 +35,7 @@ FAILURES_NODE_DAY = 3.8e-3
 
 
 class _Sheet(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class DeviceNumbers(_Sheet):

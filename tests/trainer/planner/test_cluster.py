@@ -55,7 +55,10 @@ def test_a_device_of_given_numbers() -> None:
         ({"device": {"memory_gb": 1}}, "device.memory_gbyte_s is missing"),
         ({"device": {"memory_gb": 1, "speed": 2}}, "device.speed is an unknown key"),
         ({"gpus": 8}, "gpus is an unknown key; remove it (known here: name, nodes"),
-        ({"link_latency_s": float("nan")}, "is not a finite number"),
+        ({"link_latency_s": float("nan")}, "is not a finite number; write a finite number of seconds"),
+        ({"nic_gbit_s": float("inf")}, "nic_gbit_s inf is not a finite number; write a finite number of Gbit/s"),
+        ({"nodes": "4"}, "nodes '4' is not a whole number; write 4"),
+        ({"nodes": True}, "nodes True is not a whole number"),
         ({"failures_node_day": -0.1}, "failures_node_day -0.1 must be at least 0.0"),
     ],
 )  # fmt: skip
