@@ -69,7 +69,7 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     for name in sorted(set(where.values())):
         if name != os.path.basename(name) or name.startswith("."):
             raise NoWeights(f"{index}: {name[:80]!r} is no file of this folder")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # also what no file's name can be
             raise NoWeights(f"{index} names {name[:80]}, which is {_gone(folder / name)}: fetch it again")
         for tensor in read_file(folder / name).values():
             if where.get(tensor.name) == name:
@@ -82,7 +82,7 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
 
 def _gone(path: Path) -> str:
     """Where a file is not."""
-    return f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "not in its folder"
+    return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "not in its folder"
 
 
 def _adapter(folder: Path) -> str | None:

@@ -151,11 +151,13 @@ def window_of_all(config: Mapping[str, Any], layers: int) -> int:
     """``model.window`` of a config.json whose layers all read within ``sliding_window``, or none. SpecError where some
     do and some do not."""
     window, context, kinds = (config.get(key) for key in ("sliding_window", "max_position_embeddings", "layer_types"))
-    wanted = ["full_attention" if window is None else "sliding_attention"] * layers
-    if kinds not in (None, [], wanted):
+    wanted = "full_attention" if window is None else "sliding_attention"
+    if kinds not in (None, []) and not (
+        isinstance(kinds, list) and len(kinds) == layers and set(map(str, kinds)) == {wanted}
+    ):
         raise SpecError(
             f"config.json: layer_types is {_short(kinds)} with sliding_window {_short(window)}; this family computes "
-            f"{wanted[0]!r} in all {layers} layers only"
+            f"{wanted!r} in all {layers} layers only"
         )
     if window is None:
         return 0

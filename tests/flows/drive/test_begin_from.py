@@ -238,6 +238,7 @@ def test_a_link_to_weights_that_are_not_there_is_named(tmp_path: Path) -> None:
         ({}, "weight_map"),
         ({"weight_map": {"a": "../model.safetensors"}}, "is no file of this folder"),
         ({"weight_map": {"a": "none.safetensors"}}, "names none.safetensors, which is not in its folder"),
+        ({"weight_map": {"a": "n" * 5000}}, "names n*, which is not in its folder"),
     ],
 )
 def test_an_index_that_is_none_is_named(tmp_path: Path, index: object, says: str) -> None:

@@ -210,6 +210,8 @@ def test_a_window_of_all_layers_comes_and_goes(more: dict[str, Any], window: int
         ({"layer_types": ["full_attention", "sliding_attention"]}, "'sliding_attention' in all 2 layers only"),
         ({"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "'full_attention' in all 2 layers only"),
         ({"layer_types": "sliding_attention"}, "layer_types is 'sliding_attention'"),
+        ({"num_hidden_layers": 2**70}, "num_hidden_layers 1180591620717411303424 must be at most"),
+        ({"layer_types": ["sliding_attention"] * 3}, "in all 2 layers only"),
         ({"sliding_window": 0}, "sliding_window is 0, it must be at least 1"),
         ({"sliding_window": "32"}, "sliding_window is '32', it must be a whole number"),
         ({"sliding_window": True}, "sliding_window is True, it must be a whole number"),
