@@ -116,10 +116,33 @@ def python_files() -> list[Path]:
     return [p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))]
 
 
+@dataclass(frozen=True)
+class Read:
+    """Of a file of Python: the full names that it imports, those that no ``if TYPE_CHECKING:`` has alone, and what it
+    does that belongs into another file."""
+
+    names: tuple[str, ...]
+    run: tuple[str, ...]
+    again: tuple[str, ...]
+    wanted: tuple[str, ...]
+
+
+def read_python(path: str, text: str) -> Read:
+    tree = ast.parse(text)
+    names, again = tuple(imported_names(path, tree)), tuple(said_again(path, tree))
+    run = tuple(imported_names(path, without_type_checking(tree)))
+    return Read(names, run, again, run if path in FOR_TYPES else names)
+
+
+@cache
+def read_file(path: Path) -> Read:
+    """Once for all tests: what they look at in some hundred files."""
+    return read_python(name_of(path), path.read_text(encoding="utf-8"))
+
+
 def imports(path: str, text: str) -> set[str]:
     """The files of these packages that a file of Python imports, wherever in it the import stands."""
-    tree = ast.parse(text)
-    return files_of(imported_names(path, without_type_checking(tree) if path in FOR_TYPES else tree))
+    return files_of(read_python(path, text).wanted)
 
 
 def files_of(names: Iterable[str]) -> set[str]:
@@ -153,25 +176,27 @@ def includes(path: str, text: str) -> set[str]:
 # --- the rooms ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", python_files(), ids=name_of)
-def test_python_imports_point_one_way(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    wrong = ROOMS.wrong(name_of(path), imports(name_of(path), text))
-    assert not wrong, "\n".join(wrong)
-    tests = [name for name in imported_names(name_of(path), ast.parse(text)) if name.split(".")[0] == "tests"]
-    assert not tests, f"{path} imports the tests"
+def imports_of(path: Path) -> set[str]:
+    """What a file of either language imports or includes."""
+    if path.suffix == ".py":
+        return files_of(read_file(path).wanted)
+    return includes(name_of(path), path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", engine_files(), ids=name_of)
-def test_engine_includes_point_one_way(path: Path) -> None:
-    wrong = ROOMS.wrong(name_of(path), includes(name_of(path), path.read_text(encoding="utf-8")))
+def test_imports_and_includes_point_one_way() -> None:
+    files = (*python_files(), *engine_files())
+    wrong = [line for path in files for line in ROOMS.wrong(name_of(path), imports_of(path))]
     assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_imports_the_tests() -> None:
+    wrong = [name_of(p) for p in python_files() if any(n.split(".")[0] == "tests" for n in read_file(p).names)]
+    assert not wrong, f"{wrong} import the tests"
 
 
 @pytest.mark.parametrize("path", sorted(FOR_TYPES))
 def test_a_type_from_above_is_still_needed(path: str) -> None:
-    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
-    assert ROOMS.wrong(path, files_of(imported_names(path, tree))), f"{path} needs no exception: take it out"
+    assert ROOMS.wrong(path, files_of(read_file(ROOT / path).names)), f"{path} needs no exception: take it out"
 
 
 def test_every_row_is_a_room_that_is_there() -> None:
@@ -191,10 +216,7 @@ def test_the_table_allows_no_more_than_is_there() -> None:
     """Each name of a row is needed by a file of that room: what nobody imports is not allowed either."""
     there: dict[str, set[str | None]] = {room: set() for room in ROOMS.may}
     for path in (*python_files(), *engine_files()):
-        read = imports if path.suffix == ".py" else includes
-        there[ROOMS.of(name_of(path)) or ""].update(
-            map(ROOMS.of, read(name_of(path), path.read_text(encoding="utf-8")))
-        )
+        there[ROOMS.of(name_of(path)) or ""].update(map(ROOMS.of, imports_of(path)))
     idle = {
         room: [name for name, meant in names.items() if not meant & there[room]] for room, names in ROOMS.says.items()
     }
@@ -239,8 +261,7 @@ def test_a_reversed_arrow_between_any_two_rooms_is_seen(own: str) -> None:
     """Plant, in memory, imports of every other room, in each spelling: seen where the table does not allow it."""
     files, read, spell = (PYTHON, imports, python_spellings) if own in PYTHON else (C, includes, c_spellings)
     file = files[own]
-    there = (ROOT / file).read_text(encoding="utf-8")
-    assert ROOMS.wrong(file, read(file, there)) == []
+    assert ROOMS.wrong(file, imports_of(ROOT / file)) == []
     for room, target in files.items():
         for planted in spell(file, target) if room != own else ():
             wrong = ROOMS.wrong(file, read(file, planted))
@@ -298,11 +319,11 @@ def without_type_checking(tree: ast.AST) -> ast.AST:
     return tree
 
 
-def imported_files(sources: Mapping[str, tuple[str, str]]) -> dict[str, set[str]]:
+def imported_files(sources: Mapping[str, Read]) -> dict[str, set[str]]:
     """By module the modules among ``sources`` that its file imports, wherever in the file the import stands."""
     found: dict[str, set[str]] = {module: set() for module in sources}
-    for module, (path, text) in sources.items():
-        for name in imported_names(path, without_type_checking(ast.parse(text))):
+    for module, read in sources.items():
+        for name in read.run:
             while name and name not in sources:
                 name = name.rpartition(".")[0]
             if name and name != module:
@@ -330,8 +351,7 @@ def circle(arrows: Mapping[str, AbstractSet[str]]) -> list[str]:
 
 @cache
 def python_arrows() -> dict[str, set[str]]:
-    sources = {module_of(name_of(path)): (name_of(path), path.read_text(encoding="utf-8")) for path in python_files()}
-    return imported_files(sources)
+    return imported_files({module_of(name_of(path)): read_file(path) for path in python_files()})
 
 
 def test_no_two_files_import_each_other() -> None:
@@ -357,14 +377,14 @@ def test_a_circle_is_found_also_where_a_function_hides_it() -> None:
         "flows.d": ("flows/d.py", "if TYPE_CHECKING:\n    import flows.e\n"),
         "flows.e": ("flows/e.py", "import flows.d\n"),
     }
-    arrows = imported_files(sources)
+    arrows = imported_files({module: read_python(*source) for module, source in sources.items()})
     assert circle(arrows) == ["flows.a", "flows.b", "flows.c", "flows.a"]
     assert circle({module: targets - {"flows.c"} for module, targets in arrows.items()}) == []
 
 
 def test_the_agent_needs_no_more_than_its_image_carries() -> None:
     for path in sorted((ROOT / "checkpoint").rglob("*.py")):
-        for name in imported_names(name_of(path), ast.parse(path.read_text(encoding="utf-8"))):
+        for name in read_file(path).names:
             top = name.split(".")[0]
             assert top in sys.stdlib_module_names or top in {"checkpoint", "trainer"} | AGENT_LIBRARIES, (
                 f"{path.name} imports {name}"
@@ -381,6 +401,7 @@ ONCE_CALLED = {
     "os.link": "trainer/wire/files.py",
     "PlanHeader.from_buffer_copy": "trainer/wire/plan.py",
 }
+LAST = {call.rpartition(".")[2] for call in ONCE_CALLED}
 KEYS, STORE_KEY = "checkpoint/keys.py", re.compile(r"(runs|data|index|manifests|chunks|folds|live)/")
 # a launch's folder is called as its claim; what other programs made is moved to its name, folders too
 APART = {"trainer/local_launch.py", "k8s/images/build.py", "k8s/images/store.py"}
@@ -393,7 +414,7 @@ def said_again(own: str, tree: ast.AST) -> Iterator[str]:
             yield f"imports {name}"
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LAST:
             called = f".{ast.unparse(node.func)}"
             for call, place in ONCE_CALLED.items():
                 if own != place and called.endswith(f".{call}"):
@@ -402,11 +423,9 @@ def said_again(own: str, tree: ast.AST) -> Iterator[str]:
             yield f"line {node.lineno}: makes a key of the store, {node.value!r}; {KEYS} makes them all"
 
 
-@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_what_is_written_once_is_not_written_again(path: Path) -> None:
-    own = str(path.relative_to(ROOT))
-    if own not in (*APART, KEYS):
-        assert not list(said_again(own, ast.parse(path.read_text(encoding="utf-8"))))
+def test_what_is_written_once_is_not_written_again() -> None:
+    again = {name_of(path): read_file(path).again for path in python_files() if name_of(path) not in (*APART, KEYS)}
+    assert not {path: lines for path, lines in again.items() if lines}
 
 
 def test_a_second_writer_is_found() -> None:

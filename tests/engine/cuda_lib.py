@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest, marshalled
+from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest, cpu_has, marshalled
 from tests.support.compilers import OTHER, find
 from trainer import wire
 from trainer.folders import cache_folder
@@ -54,6 +54,8 @@ def build(sanitize: str = "") -> Path:
     base.mkdir(parents=True, exist_ok=True)
     cxx, link = compiler(), [find("cc")]
     extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
+    # else fmaf, which is most of what the kernels do, is a call of the C library's, which gives the instruction's bits
+    fma = ["-mfma"] if cpu_has("avx2") else []
     version = subprocess.run([*cxx, "--version"], check=True, capture_output=True).stdout + shlex.join(cxx).encode()
     rooms = ("backend", "core", "kernels", "wire")
     headers = [p.read_bytes() for room in rooms for p in sorted((ENGINE / room).rglob("*.h"))]
@@ -66,7 +68,7 @@ def build(sanitize: str = "") -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def compiled(source: Path) -> Path:
-            flags = [*COMMON, *extra, *(C if source.suffix == ".c" else CXX), f"-I{ENGINE}"]
+            flags = [*COMMON, *extra, *fma, *(C if source.suffix == ".c" else CXX), f"-I{ENGINE}"]
             if source == CPU:  # not what the sanitizer is for, and a large file
                 flags = [*COMMON, "-O2", *C, "-DHS_PATH=portable", f"-I{ENGINE}"]
             elif source.parent == BACKEND:

@@ -82,7 +82,7 @@ def _small(name: str, sources: list[Path], flags: list[str]) -> Path:
     base = _cache() / "programs"
     base.mkdir(parents=True, exist_ok=True)
     h = hashlib.sha256(shlex.join(flags).encode())
-    for path in [*sources, *sorted(SOURCES.rglob("*.h")), *sorted((SOURCES / "kernels" / "cpu").glob("*.c"))]:
+    for path in [*sources, *sorted(SOURCES.rglob("*.h"))]:
         h.update(path.read_bytes() + b"\0")
     target = base / f"{name}-{h.hexdigest()[:24]}"
     if not target.exists():
@@ -90,18 +90,6 @@ def _small(name: str, sources: list[Path], flags: list[str]) -> Path:
         _run([find("cc"), *flags, f"-I{SOURCES}", "-o", str(made), *map(str, sources), "-lm", "-ldl"])
         made.replace(target)
     return target
-
-
-def build_plan_fuzz(sanitize: str = "") -> Path:
-    """``programs/plan_fuzz.c`` with the engine's loader, linker and portable kernels."""
-    rooms = ["core/status", "core/text", "core/arena", "core/hash", "core/math", "core/threads"]
-    rooms += ["kernels/deferred", "kernels/extent", "kernels/cpu/all"]
-    rooms += ["data/order", "run/hazards", "run/linker", "run/spaces", "run/together", "run/touches"]
-    sources = [SOURCES / f"{room}.c" for room in rooms]
-    sources += sorted((SOURCES / "run" / "plan").glob("*.c"))
-    flags = shlex.split("-std=c11 -D_GNU_SOURCE -O1 -g1 -pthread -ffp-contract=off -Wno-psabi -DHS_PATH=portable")
-    flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-    return _small("plan_fuzz", [PROGRAMS / "plan_fuzz.c", *sources], flags)
 
 
 def build_flipping(kernel: str, step: int, rank: int, *, nan: bool = False) -> Path:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engine_build import build_plan_fuzz
+from tests.engine.native import build_program
 from tests.engine.plans import GPT2, LLAMA, mixture, replicated, small_plan
 
 
 def counted(path: Path, plan: bytes, *mode: str) -> dict[str, int]:
     """What ``programs/plan_fuzz.c`` counted: of planted writes ("plant"), or of mutations (their number and seed)."""
     path.write_bytes(plan)
-    command = [build_plan_fuzz(), path, *mode]
+    command = [build_program("plan_fuzz"), path, *mode]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout)

@@ -19,6 +19,12 @@ _WORDS = tuple(word.encode() for word in (*_ENGINES, _AGENT))
 LEAVE_S = 15.0  # for what was told to leave: an agent's last uploads, a rank's last words
 
 
+def newest_process() -> str:
+    """What the kernel called the last process or thread: where it is the same as before, nobody has started any."""
+    with open("/proc/loadavg") as file:
+        return file.read().rsplit(maxsplit=1)[1]
+
+
 def alive_below(folder: Path) -> dict[int, str]:
     """pid -> command of every engine and agent whose folder or arguments lie below this one; zombies are not alive."""
     found = {}

@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.engine.engine_build import ROOT, build_engine, build_plan_fuzz
+from tests.engine.engine_build import ROOT, build_engine
+from tests.engine.native import build_program
 from tests.engine.plans import GPT2, LLAMA, small_plan
 from tests.support.compilers import OTHER
 
@@ -66,7 +67,7 @@ def _pytest(engine: Path, sanitize: str, tests: Sequence[str] = TESTS, which: st
 def address() -> None:
     """Address, leak and undefined-behaviour sanitizers; the mutated plans too."""
     _pytest(build_engine(sanitize="address,undefined"), "address,undefined")
-    fuzz = build_plan_fuzz("address,undefined")
+    fuzz = build_program("plan_fuzz", sanitize="address,undefined")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan"
         for seed, (stages, model) in enumerate(((1, GPT2), (2, GPT2), (1, LLAMA), (2, LLAMA))):

@@ -142,7 +142,7 @@ const char *name_of(const char *file) {
 }
 
 bool same(site a, site b) {
-    return a.line == b.line && !strcmp(a.file, b.file);
+    return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file));
 }
 
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
