@@ -8,7 +8,7 @@ goes through all of it. Knows nothing of Prefect but in ``tasks``, which has pie
 from flows.data.prepare import interpreter_note, prepare
 from flows.data.shards import PreparedData, load_dataset, load_tokenizer, tokenizer_json, validation_of
 from flows.data.sources import Document, documents, stdlib_documents
-from flows.data.tokenizer import may_end, parse_tokenizer, vocab_of
+from flows.data.tokenizer import may_end, parse_tokenizer, unseen, vocab_of
 
 __all__ = [
     "Document",
@@ -22,6 +22,7 @@ __all__ = [
     "prepare",
     "stdlib_documents",
     "tokenizer_json",
+    "unseen",
     "validation_of",
     "vocab_of",
 ]

@@ -76,7 +76,7 @@ class Encoder:
     """Of a stored token."""
 
     def __post_init__(self) -> None:
-        self.vocab = vocab_of(self.tokenizer)
+        self.vocab = vocab_of(self.tokenizer) if self.given is None else self.given.vocab
         self.kind = np.dtype(f"<u{token_bytes_for(self.vocab, self.room)}")
         self.cut = SAFE_CUT if self.given is None else self.given.cut
 
@@ -91,7 +91,8 @@ class Encoder:
 
 
 @functools.lru_cache(maxsize=2)
-def _encoder(job: DataJob) -> Encoder:
+def encoder_of(job: DataJob) -> Encoder:
+    """That of a job whose tokenizer is there."""
     return Encoder.of(job, job.work.get("tokenizer.json"))
 
 
@@ -112,7 +113,7 @@ def encode_piece(task: Task) -> dict[str, Any]:
     found = work.find_map("encode", name)
     if found is not None:
         return {**found, "cached": True}
-    encoder = _encoder(task.job)
+    encoder = encoder_of(task.job)
     total: dict[str, Any] = {"v": 1, "tokens": [], "held": [], "texts": 0, "unknown": 0, "letters": 0}
     for number, batches in enumerate(_parts(_blocks(task, encoder), task.job.piece_letters)):
         row = work.find_map("encode", piece_name(task.piece.number, number))

@@ -34,7 +34,7 @@ from checkpoint.errors import StoreRefused
 from checkpoint.store import Store, open_store
 from flows.data import duplicates, encoding
 from flows.data import pieces as pieces_of
-from flows.data.encoding import HELD, TRAIN, Encoder, encode_piece, sample_piece, sampled
+from flows.data.encoding import HELD, TRAIN, encode_piece, encoder_of, sample_piece, sampled
 from flows.data.filters import REASONS, filter_of
 from flows.data.job import DataJob, Task, hold_store, release_store
 from flows.data.mixture import prepare_mixture
@@ -338,7 +338,7 @@ class _Preparation:
             f"{self.spec.source}"
         )
         tokenizer = self._tokenizer(corpus)
-        encoder = Encoder.of(self.job, tokenizer)
+        encoder = encoder_of(self.job)
         rows: list[dict[str, Any]] = []
         with telling(self.say, lambda: f"data: encoding: {len(rows)} of {len(self.tasks)} pieces"):
             for row in self.run_on.map(encode_piece, self.tasks):

@@ -7,6 +7,7 @@ ids that collide, no token that ends a document, text that it drops or cannot en
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -108,7 +109,7 @@ class GivenTokenizer:
         found: dict[str, Any] = self.tree["model"]
         return found
 
-    @property
+    @cached_property
     def vocab(self) -> int:
         return vocab_of(self.tokenizer)
 
@@ -242,9 +243,13 @@ def given_tokenizer(spec: DataSpec) -> GivenTokenizer | None:
 
 def checked_tokenizer(spec: DataSpec, data: bytes) -> GivenTokenizer:
     """The tokenizer that the spec names, of its bytes."""
-    what = f"data.tokenizer {spec.tokenizer!r}"
-    tokenizer = parse_tokenizer(data, what)
-    tree = json.loads(data)
+    return _checked(f"data.tokenizer {spec.tokenizer!r}", spec.end_token, data)
+
+
+@functools.lru_cache(maxsize=2)
+def _checked(what: str, end: str | None, data: bytes) -> GivenTokenizer:
+    """Kept: a vocabulary of a quarter of a million takes a second each time."""
+    tokenizer, tree = _parsed(data, what)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
     for token in tree.get("added_tokens") or ():
         wanted, got = token.get("id"), tokenizer.token_to_id(token.get("content", ""))
@@ -267,7 +272,7 @@ def checked_tokenizer(spec: DataSpec, data: bytes) -> GivenTokenizer:
             f"{what}: its largest id is {max(vocab.values())}, and embeddings have a row for each id below it; the "
             f"limit is {MAX_VOCAB_SIZE - 1}: number its tokens from 0 without wide gaps"
         )
-    return GivenTokenizer(data, tokenizer, what, _end(spec, tokenizer, what), tree)
+    return GivenTokenizer(data, tokenizer, what, _end(end, tokenizer, what), tree)
 
 
 def _contents(path: str, what: str) -> bytes:
@@ -293,6 +298,10 @@ def _contents(path: str, what: str) -> bytes:
 def parse_tokenizer(data: bytes, what: str) -> Tokenizer:
     """A tokenizer from its JSON, without the truncation, padding and dropout that it may ask for: a text has one way to
     be encoded."""
+    return _parsed(data, what)[0]
+
+
+def _parsed(data: bytes, what: str) -> tuple[Tokenizer, dict[str, Any]]:
     try:
         tree = json.loads(data.removeprefix(b"\xef\xbb\xbf").decode())
     except (ValueError, RecursionError) as error:
@@ -307,7 +316,7 @@ def parse_tokenizer(data: bytes, what: str) -> Tokenizer:
         tokenizer.no_padding()
         if getattr(tokenizer.model, "dropout", None) is not None:
             tokenizer.model.dropout = None
-    return tokenizer
+    return tokenizer, tree
 
 
 def _other_format(data: bytes) -> str:
@@ -317,12 +326,12 @@ def _other_format(data: bytes) -> str:
         )
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         return "it is a tiktoken table, not JSON"
-    if data.lstrip().startswith(b"<"):
-        return "it is a page of HTML or XML, such as a login or an error; fetch the file itself again"
     if data.startswith(b"#version"):
         return "it is the merges.txt of a tokenizer"
     if re.match(rb"(\[PAD\]|\[UNK\]|\[CLS\]|<s>|<pad>|<unk>|<\|endoftext\|>)(\t\S+)?\r?\n", data):
         return "it is a vocab.txt, a list of tokens alone (transformers' save_pretrained writes a tokenizer.json)"
+    if data.lstrip().startswith(b"<"):
+        return "it is a page of HTML or XML, such as a login or an error; fetch the file itself again"
     what, mend = ("packed by gzip", "unpack it: gunzip -k") if data.startswith(GZIP) else format_of(data[:512])
     if what:
         return f"it is {what}; {mend}"
@@ -347,8 +356,7 @@ def _other_json(tree: object) -> str:
     return 'it has no "model"'
 
 
-def _end(spec: DataSpec, tokenizer: Tokenizer, what: str) -> str | None:
-    wanted = spec.end_token
+def _end(wanted: str | None, tokenizer: Tokenizer, what: str) -> str | None:
     if wanted == "":
         return None
     if wanted is not None:
@@ -436,6 +444,19 @@ def _encoded(given: GivenTokenizer | None, tokenizer: Tokenizer, doc: Document, 
             end - begin for token, (begin, end) in zip(ids, found.offsets, strict=True) if token == given.unknown
         )
     return EncodedText(ids, unknown)
+
+
+@functools.lru_cache(maxsize=1)
+def _of_dataset(tokenizer: Tokenizer) -> GivenTokenizer:
+    return GivenTokenizer(b"", tokenizer, "", None, json.loads(tokenizer.to_str()))
+
+
+def unseen(tokenizer: Tokenizer, text: str) -> tuple[list[str], int]:
+    """The characters of a text that a dataset's tokenizer leaves out, and how many its unknown token stands for."""
+    given = _of_dataset(tokenizer)
+    found = tokenizer.encode(text, add_special_tokens=False)
+    lost = list(_dropped(given, text, found.offsets)) if given.drops else []
+    return lost, _encoded(given, tokenizer, Document("", text), found.ids).unknown
 
 
 def _dropped(given: GivenTokenizer, text: str, offsets: list[tuple[int, int]]) -> dict[str, int]:

@@ -6,6 +6,7 @@ the text allows, and grows with it, up to the run's sequence; older text is forg
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from types import TracebackType
 
@@ -13,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from checkpoint.store import Store
-from flows.data import load_tokenizer
+from flows.data import load_tokenizer, unseen
 from flows.show.export import Inference, Masters, opening
 from trainer.errors import SpecError
+
+log = logging.getLogger(__name__)
 
 SHORTEST = 32
 """Tokens of the first window."""
@@ -50,6 +53,7 @@ class Text:
         self._temperature, self._top_k, self._rng = temperature, top_k, np.random.default_rng(seed)
         self._engine: Inference | None = None
         self._shown = self._from = 0
+        self._told: set[str] = set()
 
     def __enter__(self) -> Text:
         return self
@@ -60,6 +64,18 @@ class Text:
         if self._engine is not None:
             self._engine.__exit__(None, None, None)
         self.masters.close()
+
+    def _tell_unseen(self, text: str) -> None:
+        lost, unknown = unseen(self.tokenizer, text)
+        new = [letter for letter in lost if letter not in self._told]
+        self._told |= set(new)
+        if new:
+            log.warning(
+                "the model does not see %s of the prompt: its tokenizer has nothing for it",
+                ", ".join(map(repr, new[:5])) + (f" and {len(new) - 5} more characters" if len(new) > 5 else ""),
+            )
+        if unknown:
+            log.warning("the model sees %d characters of the prompt as its unknown token alone", unknown)
 
     @property
     def forgotten(self) -> int:
@@ -75,6 +91,7 @@ class Text:
         self.ids += ([] if self.ids else self._opening) + list(
             self.tokenizer.encode(text, add_special_tokens=False).ids
         )
+        self._tell_unseen(text)
         self._shown = len(self.ids)
         self._from = max(0, self._shown - _BEFORE)
 

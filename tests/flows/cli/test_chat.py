@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pty
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from checkpoint.store import Store, open_store
 from flows.show.talk import Text, generate
@@ -177,6 +179,19 @@ def test_pieces_are_whole_characters(trained: Trained, store: Store, monkeypatch
         assert not any("\ufffd" in piece for piece in pieces)
         assert len(pieces) > 20
         assert text.ids[-1] == text.eot
+
+
+def test_what_the_model_does_not_see_of_a_prompt_is_told(
+    trained: Trained, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Text(store, trained.run) as text:
+        tree = json.loads(text.tokenizer.to_str())
+        tree["model"]["vocab"] = {token: n for token, n in tree["model"]["vocab"].items() if token != "\u00c3"}
+        text.tokenizer = Tokenizer.from_str(json.dumps(tree))
+        text.say("caf\u00e9")
+        text.say("th\u00e9")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == "the model does not see 'é' of the prompt: its tokenizer has nothing for it"
 
 
 def test_a_temporary_folder_that_is_full_is_named(trained: Trained, store: Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from checkpoint.store import Store, open_store
-from flows.data import load_tokenizer, prepare
+from flows.data import load_tokenizer, prepare, unseen
 from flows.show.foretell import compile_for
 from tests.support.shards import read_shard
 from trainer.dataset import DatasetRef
@@ -215,6 +216,8 @@ def test_bytes_that_a_tokenizer_leaves_out(
         dataset = given(bytes_of(without=without), store)
         assert load_tokenizer(store, dataset).decode(tokens(store, dataset)[:12]) == "a © é b\nc\n"
         return
+    tokenizer = Tokenizer.from_str(json.dumps(bytes_of(without=without)))
+    assert unseen(tokenizer, "a © é b\nc d\n") == ([re.search("'(.*)'", lost)[1].replace("\\\\n", "\n")], 0)  # type: ignore[index]
     with pytest.raises(DatasetError, match=r"cannot encode 1.txt: it has no unknown token and leaves out " + lost):
         given(bytes_of(without=without, typed=typed), store)
 
