@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,9 +11,17 @@ from typing import Any
 
 import pytest
 
+from checkpoint.store import Store
+from flows.cli import terminal
 from flows.cli.main import cli, exit_code_of
 from flows.cli.shadow import shadow
+from flows.cli.voice import Voice
+from flows.drive.events import Event
+from flows.drive.run import Prepared
+from tests.flows.drive.test_orders import small
 from tests.support.place import ROOT
+
+__all__ = ["small"]
 
 HOTSTAGE = [sys.executable, "-m", "flows.cli"]
 
@@ -159,3 +168,29 @@ def test_a_file_that_hides_a_module_of_python_is_named(tmp_path: Path, name: str
 
 def test_modules_where_python_keeps_them_hide_nothing() -> None:
     assert shadow(ValueError("a bug")) is None
+
+
+def test_a_full_disk_ends_no_driver(small: tuple[Store, Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a run is driven: its lines are lost, and it goes on. A reader that has gone is news."""
+    voice, reader_and_writer, full = Voice(as_json=True), os.pipe(), os.open("/dev/full", os.O_WRONLY)
+    os.close(reader_and_writer[0])
+    streams = {
+        number: io.TextIOWrapper(io.BufferedWriter(terminal._Out(number, "wb", closefd=False)), line_buffering=True)
+        for number in (full, reader_and_writer[1])
+    }
+    monkeypatch.setattr(sys, "stderr", streams[full])
+    with pytest.raises(terminal.OutputLost, match="No space left"):
+        voice.say("nothing is driven yet")
+    sink = voice.sink(small[1])
+    for _ in range(2):
+        voice.say("a line")
+        sink.tell(Event("phase", {"phase": "training", "text": ""}))
+    monkeypatch.setattr(sys, "stderr", streams[reader_and_writer[1]])
+    with pytest.raises(terminal.OutputLost):
+        voice.say("a line")
+    monkeypatch.undo()
+    for number, stream in streams.items():
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), number)
+        stream.close()
+        os.close(number)
