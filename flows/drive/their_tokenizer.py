@@ -148,9 +148,11 @@ def check_tokenizer(place: str, rows: int, theirs: Tokenizer | None, tokenizer: 
     """DatasetError where a run's tokenizer numbers tokens otherwise than ``theirs``, with which its weights were made,
     or has more of them than these have rows. ``place``: whose weights they are, for people."""
     if vocab > rows:
+        beyond = {n: t for t, n in tokenizer.get_vocab(with_added_tokens=True).items() if n >= rows}
+        first = f" ({beyond[min(beyond)]!r} is token {min(beyond)})" if beyond else ""
         raise DatasetError(
-            f"the tokenizer has {vocab} tokens, the weights of {place} have rows for {rows}: give the tokenizer that "
-            "they were made with (data.tokenizer)"
+            f"the tokenizer has {vocab} tokens{first}, the weights of {place} have rows for {rows}: give the tokenizer "
+            "that they were made with (data.tokenizer), or leave out of its added_tokens what was added since"
         )
     if theirs is None:
         return
