@@ -254,6 +254,9 @@ def _rows_of(files: Mapping[str, FileTensor], folder: Path, model: ModelSpec) ->
 def _mend_of(wrong: Sequence[str], table: Sequence[HfTensor], named: Mapping[str, FileTensor], folder: Path) -> str:
     """Where the folder's own config.json does not describe its weights."""
     if wrong == ["lm_head.weight is missing"]:
+        made = read_config(folder).get("architectures") or ()
+        if any(re.fullmatch(r"\w+(?<!LMHead)Model", str(name)) for name in made):
+            return f"config.json's architectures is {made}, which has no head: take one for text (…ForCausalLM)"
         return (
             'a head that is the embedding is not stored: if this model\'s is, write "tie_word_embeddings": true in its '
             "config.json; else fetch the folder again"

@@ -97,6 +97,8 @@ WRONG: list[tuple[str, Change, str, int]] = [
         78,
     ),
     ("tied or not", lambda f, a, c: a.pop("lm_head.weight"), "is missing; a head .* .tie_word_embeddings.: true", 78),
+    ("no head", lambda f, a, c: (a.pop("lm_head.weight"), c.update({"architectures": ["GPT2Model"]})),
+     r"architectures is \['GPT2Model'\], which has no head", 78),
     (
         "rows",
         lambda f, a, c: c.update({"vocab_size": 320}),
