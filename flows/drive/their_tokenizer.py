@@ -120,10 +120,14 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
             token = tokenizer.id_to_token(number)
             if token is not None and may_end(tokenizer, token):
                 return token
-    named = folder / "tokenizer_config.json"
-    said = _beside(named).get("eos_token") if named.is_file() else None
-    said = said.get("content") if isinstance(said, Mapping) else said
-    return said if isinstance(said, str) and tokenizer.token_to_id(said) is not None else None
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        said = _beside(folder / name).get("eos_token") if (folder / name).is_file() else None
+        token = said.get("content") if isinstance(said, Mapping) else said
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            return token
+        if said is not None:
+            log.warning("%s: eos_token %.100r is passed over: the tokenizer has no such token", folder / name, said)
+    return None
 
 
 def _beside(file: Path) -> dict[str, Any]:

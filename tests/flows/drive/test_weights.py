@@ -296,6 +296,19 @@ def test_an_end_token_that_the_vocabulary_has_not_is_passed_over_and_told(
     assert f"config.json: eos_token_id {beyond!r} is passed over: the tokenizer's ids are 0 to" in caplog.text
 
 
+@pytest.mark.parametrize("said", ["</none>", 5, ["<|end|>"]])
+def test_an_end_token_of_the_older_file_is_taken(
+    said: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    for name in ("config.json", "generation_config.json"):
+        (folder / name).unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": said}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|end|>"}}))
+    assert end_of(folder, Tokenizer.from_file(str(folder / "tokenizer.json"))) == "<|end|>"
+    assert f"tokenizer_config.json: eos_token {said!r} is passed over: the tokenizer has no such token" in caplog.text
+
+
 @pytest.mark.parametrize("data", [b"{bad", b"[]", b"\xff\xfe{}"])
 def test_a_broken_file_beside_the_tokenizer_is_named_with_its_mend(data: bytes, tmp_path: Path) -> None:
     folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
