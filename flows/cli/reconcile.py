@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flows.cli import terminal
 from flows.cli.main import Number, out_option, say, store_option
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def reconcile(store: str | None, out: str, every: float, once: bool, interval: f
         return _serve(store_at(store).url, str(Path(out).absolute()), interval)
     stop = threading.Event()
     stopped_by_signals(stop)
+    terminal.go_on()
     care = Care(store_at(store), Path(out).absolute(), say=say, every_s=every, stop=stop)
     care.run(0.0 if once else None)
     if care.driven:

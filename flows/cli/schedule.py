@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flows.cli import terminal
 from flows.cli.main import Number, SpecFile, complain, out_option, say, set_option, store_option
 from flows.cli.signals import stopped_by_signals
 from flows.cli.sweep import points_of, sweep_options
@@ -258,6 +259,7 @@ def serve_until_signal(server: Server | None) -> None:
 
     stop = server.stop if server is not None else threading.Event()
     stopped_by_signals(stop)
+    terminal.go_on()
     if server is None:
         stop.wait()
         return

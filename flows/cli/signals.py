@@ -62,6 +62,7 @@ class Signals:
         """
         with self._lock:
             self._driving, self.detaches = not self._asked, detaches
+            terminal.go_on()
             return self._driving
 
     def run(self, work: Callable[[], T]) -> T:

@@ -2,7 +2,8 @@
 
 A terminal or a file may know fewer characters than our texts (Latin-1, ASCII): dashes, dots and arrows are written with
 what it has, other characters as ``?``. A stream that was closed becomes /dev/null. Where writing fails (the reader has
-gone, the disk is full) ``OutputLost`` ends the command: it is no bug, and a pipe that closes is no news either.
+gone, the disk is full) ``OutputLost`` ends the command: it is no bug, and a pipe that closes is no news either. But
+nothing that is driven ends because of a full disk: from ``go_on`` on such lines are lost, and the exit code says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import stat
 import sys
 import threading
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from trainer.errors import TrainerError
@@ -51,7 +53,29 @@ class _Out(io.FileIO):
         except BlockingIOError:
             raise
         except OSError as error:
-            raise OutputLost(error) from error
+            found = OutputLost(error)
+            if not _work.goes_on or found.exit_code == PIPE_CLOSED:
+                raise found from error
+            first, _work.lost = _work.lost is None, found
+            if first and self.fileno() == 1:
+                tell(f"hotstage: {found}; the work goes on")
+            return len(data)
+
+
+@dataclass
+class _Work:
+    """``goes_on``: whatever happens to the output; ``lost``: what happened to it last."""
+
+    goes_on: bool = False
+    lost: OutputLost | None = None
+
+
+_work = _Work()
+
+
+def go_on() -> None:
+    """From here on this process drives something: that does not end because its lines find a disk that is full."""
+    _work.goes_on = True
 
 
 def _is_device() -> bool:
@@ -94,6 +118,8 @@ def finish(code: int) -> int:
         sys.stderr.flush()
     except (OutputLost, OSError, ValueError):
         _silence(2)
+    if _work.lost is not None and code == 0:
+        code = _work.lost.exit_code
     return code
 
 

@@ -1,7 +1,6 @@
 """How a command that trains speaks: a live view at a terminal, plain lines elsewhere, JSON lines where asked for JSON.
 
-With ``--json`` stdout has one line, the result; all else goes to stderr, each line a JSON object. Once a run is driven
-a full disk where that is written ends nothing: lines are lost, which is said once, and at the end in the exit code.
+With ``--json`` stdout has one line, the result; all else goes to stderr, each line a JSON object.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
-
-from flows.cli import terminal
 
 if TYPE_CHECKING:
     from flows.drive.events import Sink
@@ -30,7 +27,6 @@ class Voice:
         self.as_json = as_json
         self._view: LiveView | None = None
         self._lock = threading.Lock()
-        self._drives = self._told = False
 
     def say(self, text: str) -> None:
         """A line for whoever started the command."""
@@ -46,22 +42,12 @@ class Voice:
                 from flows.show.lines import json_line
 
                 if text:
-                    self._write(json_line({"event": "line", "text": text}), err=True)
+                    click.echo(json_line({"event": "line", "text": text}), err=True)
             elif self._view is not None:
                 self._view.say(text)
             else:
-                self._write(text, err)
-
-    def _write(self, text: str, err: bool) -> None:
-        try:
-            click.echo(text, err=err)
-            (sys.stderr if err else sys.stdout).flush()
-        except terminal.OutputLost as error:
-            if not self._drives or error.exit_code == terminal.PIPE_CLOSED:
-                raise
-            if not self._told:
-                self._told = True
-                terminal.tell(f"hotstage: {error}; the run is driven on")
+                click.echo(text, err=err)
+                (sys.stderr if err else sys.stdout).flush()
 
     def sink(self, prepared: Prepared, every_s: float = 1.0) -> Sink:
         """What the driver tells its events; at a terminal the live view begins now."""
@@ -74,9 +60,9 @@ class Voice:
             with contextlib.suppress(OSError, ValueError):  # no process, or no memory for it: MFU is left out
                 meter.peak_flops = measured_peak()
 
-        steps, self._drives = prepared.spec.train.steps, True
+        steps = prepared.spec.train.steps
         if self.as_json:
-            return JsonLines(lambda line: self._write(line, err=True), steps)
+            return JsonLines(lambda line: click.echo(line, err=True), steps)
         flops = flops_per_token(prepared.spec.model, prepared.spec.train.sequence)
         shown = (
             LiveView(steps, flops)

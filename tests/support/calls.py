@@ -15,7 +15,7 @@ from flows.cli.main import exit_code_of
 
 
 @contextmanager
-def _signals_kept() -> Iterator[None]:
+def signals_kept() -> Iterator[None]:
     """A command that trains has its process ignore Ctrl-C once it is through."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
@@ -27,7 +27,7 @@ def _signals_kept() -> Iterator[None]:
 
 def outcome(arguments: list[str]) -> tuple[int, str, str]:
     """The exit code of a command in this process, its output, and what it said on stderr."""
-    with _signals_kept(), CliRunner().isolation() as (out, err, _):
+    with signals_kept(), CliRunner().isolation() as (out, err, _):
         for stream in (sys.stdout, sys.stderr):
             assert isinstance(stream, io.TextIOWrapper)
             stream.reconfigure(errors=terminal.register())

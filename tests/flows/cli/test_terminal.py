@@ -11,17 +11,12 @@ from typing import Any
 
 import pytest
 
-from checkpoint.store import Store
 from flows.cli import terminal
 from flows.cli.main import cli, exit_code_of
 from flows.cli.shadow import shadow
-from flows.cli.voice import Voice
-from flows.drive.events import Event
-from flows.drive.run import Prepared
-from tests.flows.drive.test_orders import small
+from flows.cli.signals import Signals
+from tests.support.calls import signals_kept
 from tests.support.place import ROOT
-
-__all__ = ["small"]
 
 HOTSTAGE = [sys.executable, "-m", "flows.cli"]
 
@@ -170,27 +165,28 @@ def test_modules_where_python_keeps_them_hide_nothing() -> None:
     assert shadow(ValueError("a bug")) is None
 
 
-def test_a_full_disk_ends_no_driver(small: tuple[Store, Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a run is driven: its lines are lost, and it goes on. A reader that has gone is news."""
-    voice, reader_and_writer, full = Voice(as_json=True), os.pipe(), os.open("/dev/full", os.O_WRONLY)
-    os.close(reader_and_writer[0])
-    streams = {
-        number: io.TextIOWrapper(io.BufferedWriter(terminal._Out(number, "wb", closefd=False)), line_buffering=True)
-        for number in (full, reader_and_writer[1])
-    }
-    monkeypatch.setattr(sys, "stderr", streams[full])
-    with pytest.raises(terminal.OutputLost, match="No space left"):
-        voice.say("nothing is driven yet")
-    sink = voice.sink(small[1])
-    for _ in range(2):
-        voice.say("a line")
-        sink.tell(Event("phase", {"phase": "training", "text": ""}))
-    monkeypatch.setattr(sys, "stderr", streams[reader_and_writer[1]])
-    with pytest.raises(terminal.OutputLost):
-        voice.say("a line")
-    monkeypatch.undo()
-    for number, stream in streams.items():
-        with open(os.devnull, "wb") as nothing:
-            os.dup2(nothing.fileno(), number)
-        stream.close()
-        os.close(number)
+def test_a_full_disk_ends_nothing_that_is_driven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines are lost, and the exit code says so. A reader that has gone is news."""
+    monkeypatch.setattr(terminal, "_work", terminal._Work())
+
+    def write(stream: terminal._Out) -> None:
+        buffered = io.BufferedWriter(stream)
+        try:
+            buffered.write(b"a line\n")
+            buffered.flush()
+        finally:
+            buffered.detach()
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with terminal._Out("/dev/full", "wb") as full, terminal._Out(writer, "wb") as closed:
+        with pytest.raises(terminal.OutputLost, match="No space left"):
+            write(full)
+        with signals_kept():
+            Signals(lambda _: None).driving(detaches=False)
+        assert terminal.finish(0) == 0
+        for _ in range(2):
+            write(full)
+        assert (terminal.finish(0), terminal.finish(85)) == (78, 85)
+        with pytest.raises(terminal.OutputLost):
+            write(closed)
