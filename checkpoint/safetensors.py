@@ -123,7 +123,9 @@ def instead(folder: Path) -> str:
     if below:
         more = f" (or of {len(below) - 1} more)" if len(below) > 1 else ""
         return f"a model lies below it: give the folder {shlex.quote(str(below[-1]))}{more}"
-    return "name the folder that an export or a download made" if there else "it is empty; download the model again"
+    if not there or "config.json" in there:
+        return f"it {'has a config.json alone' if there else 'is empty'}; download the model again"
+    return "name the folder that an export or a download made"
 
 
 _SAVED = "transformers' from_pretrained(DIR).save_pretrained(OTHER) writes safetensors of it"

@@ -261,6 +261,11 @@ def _mend_of(wrong: Sequence[str], table: Sequence[HfTensor], named: Mapping[str
             'a head that is the embedding is not stored: if this model\'s is, write "tie_word_embeddings": true in its '
             "config.json; else fetch the folder again"
         )
+    if len(wrong) == 1 and "the spec's model is tied" in wrong[0]:
+        return (
+            'transformers leaves that head out: write "tie_word_embeddings": false in config.json if it is meant, else '
+            "take it out of the file"
+        )
     embedding = named.get(table[0].name)
     heads = ("lm_head.weight", table[0].name)
     if (
