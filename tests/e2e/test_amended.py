@@ -14,7 +14,7 @@ import pytest
 
 from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import open_store
-from tests.support.chaos import step_of
+from tests.support.chaos import step_of, while_it_trains
 from tests.support.place import LONG, SPEC, STEPS, Place
 from tests.support.place import finish as ended
 from tests.support.undisturbed import undisturbed_run
@@ -80,7 +80,7 @@ def test_the_same_orders_are_the_same_bits_in_every_layout_crash_and_resume(
     assert (calm["run"], calm["step"]) == (run, LAST)
     assert calm["state_digest"] != digest
     driver = place.start_train()
-    wait_for(lambda: log_of(place, run).checkpoints, "a checkpoint", 60)
+    while_it_trains(place.folder, lambda: log_of(place, run).checkpoints, "a checkpoint")
     ranks = hold(place, 4)
     back, told = order_back(place, run)
     # in this process: while another one would still be ending, the gang that it orders may have come and gone

@@ -40,7 +40,7 @@ def train(place: Place, *sets: str) -> Done:
     [
         (["train.stepz=3"], ["no key train.stepz", "did you mean train.steps"]),
         (["model.width=-64"], ["model.width -64", "at least 1"]),
-        (["model.heads=3"], ["model.heads 3", "width 64", "take heads = 2"]),
+        (["model.heads=3"], ["model.heads 3", "width 32", "take heads = 2"]),
         (["parallel.stages=9"], ["parallel.stages 9", "model.layers 4", "at most 4 stages"]),
         (["train.microbatch=3"], ["train.batch 8", "microbatch 3", "take microbatch = 2"]),
         (
@@ -100,7 +100,7 @@ def test_a_corpus_that_is_not_there_or_empty(place: Place) -> None:
     refused(place.refused_train("data.source=jsonl:corpus/*.jsonl"), DATA, "a.jsonl:2", "mend the line")
     refused(place.refused_train(f"data.source=dataset:{'0' * 64}"), DATA, "000000", "data prepare")
     (place.folder / "corpus" / "short.text").write_text("abc")
-    refused(place.refused_train("data.source=text:corpus/*.text"), REFUSED, "train.sequence 64", "add text")
+    refused(place.refused_train("data.source=text:corpus/*.text"), REFUSED, "train.sequence 16", "add text")
 
 
 def foreign_dataset(place: Place, tokens: np.ndarray, vocab: int) -> str:
@@ -311,7 +311,7 @@ def test_a_work_folder_whose_disk_is_full(place: Place) -> None:
 def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, undisturbed: tuple[str, str]) -> None:
     """Training goes on; the terminal says why nothing is saved; with room again the same attempt ends well."""
     _, digest = undisturbed
-    with mounted(place.folder / "small", "size=6m") as remount:
+    with mounted(place.folder / "small", "size=2m") as remount:
         place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
         process = place.start_train()
         try:
@@ -334,7 +334,7 @@ def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, 
 @pytest.mark.long_run
 def test_a_stop_that_could_not_save_says_so(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
-    with mounted(place.folder / "small", "size=6m") as remount:
+    with mounted(place.folder / "small", "size=2m") as remount:
         place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
         process = place.start_train("checkpoint.commit_s=1")
         try:
@@ -356,7 +356,7 @@ def test_a_stop_that_could_not_save_says_so(place: Place, undisturbed: tuple[str
 def test_a_store_that_stays_full(place: Place, undisturbed: tuple[str, str]) -> None:
     """The last state cannot be saved: that is no success, and it says so. With room again the run goes on."""
     run, digest = undisturbed
-    with mounted(place.folder / "small", "size=6m") as remount:
+    with mounted(place.folder / "small", "size=2m") as remount:
         place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
         try:
             done = train(place, "checkpoint.commit_s=0.3", "recovery.backoff_max_s=0.05")
@@ -396,13 +396,13 @@ def test_a_port_in_use(place: Place, undisturbed: tuple[str, str]) -> None:
 def test_a_checkpoint_of_another_model(place: Place) -> None:
     run = place.train("train.steps=8")["run"]
     before = json.loads(place.said("ckpt", "digest", run, "--json"))
-    done = place.here("runs", "fork", run, "--no-prefect", "--json", "--set", "name=wide", "--set", "model.width=32")
+    done = place.here("runs", "fork", run, "--no-prefect", "--json", "--set", "name=wide", "--set", "model.width=48")
     refused(done, REFUSED, "model", "start a new run")
     # the context is a tensor's shape for GPT-2
     done = place.here(
         *("runs", "fork", run, "--no-prefect", "--json", "--set", "name=long", "--set", "train.steps=20"),
         *("--set", "model.context=128"),
     )
-    refused(done, REFUSED, "wpe", "(64, 64)", "start a new run")
+    refused(done, REFUSED, "wpe", "(64, 32)", "start a new run")
     place.all_gone()
     assert json.loads(place.said("ckpt", "digest", run, "--json")) == before

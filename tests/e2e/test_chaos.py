@@ -20,7 +20,9 @@ from tests.support.chaos import (
     rank_step,
     spoil_arenas,
     spoil_slots,
+    standing_still,
     unleashed,
+    while_it_trains,
 )
 from tests.support.place import LONG, Place, finish
 from tests.support.place import LONG_STEPS as STEPS
@@ -98,7 +100,7 @@ def test_what_an_attempt_leaves_in_memory_never_shows_in_the_next(place: Place, 
     """The pages of the arenas are kept for the next attempt: rubbish in them changes nothing."""
     run, digest = undisturbed
     process, work = place.start_train(), place.folder / "out"
-    wait_for(lambda: (rank_step(work, 0) or 0) >= 10, "step 10", 60)
+    while_it_trains(work, lambda: (rank_step(work, 0) or 0) >= 10, "step 10")
     spoiled: list[int] = []
     kill_between_attempts(work, 1, lambda: spoiled.append(spoil_arenas(work)))
     result = finish(process)
@@ -115,7 +117,9 @@ def test_a_bit_that_flips_in_memory_is_found_and_the_store_has_the_state(
     run, digest = undisturbed
     process, work = place.start_train(*CADENCES, "checkpoint.slots=3"), place.folder / "out"
     manifests = place.run_folder(run) / "manifests"
-    wait_for(lambda: any(manifests.glob("*/manifest")) and (rank_step(work, 0) or 0) >= 20, "step 20 and a checkpoint")
+    while_it_trains(
+        work, lambda: any(manifests.glob("*/manifest")) and (rank_step(work, 0) or 0) >= 20, "step 20 and a checkpoint"
+    )
     spoiled: list[int] = []
     kill_between_attempts(work, 1, lambda: spoiled.append(spoil_slots(work)))
     result = finish(process)
@@ -131,16 +135,13 @@ def test_a_bit_that_flips_in_memory_is_found_and_the_store_has_the_state(
 def test_a_driver_killed_again_and_again_loses_nothing(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
     log = place.run_folder(run) / "log"
-    for _ in range(4):
-        process = place.start("train", "spec.toml", "--no-prefect", "--json")
-        before = len(list(log.glob("*")))
-        wait_for(
-            lambda n=before, p=process: len(list(log.glob("*"))) > n or p.poll() is not None,  # type: ignore[misc]
-            "a new log record, or the end: the gang trains on without a driver",
-            60,
-        )
-        process.kill()
-        process.communicate()
+    with standing_still(place.folder / "out", lambda: True):  # the gang trains on without a driver
+        for _ in range(4):
+            process = place.start("train", "spec.toml", "--no-prefect", "--json")
+            before = len(list(log.glob("*")))
+            wait_for(lambda n=before: len(list(log.glob("*"))) > n, "a new log record", 60)  # type: ignore[misc]
+            process.kill()
+            process.communicate()
     result = place.train()
     assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest)
 
@@ -154,10 +155,10 @@ def test_stop_then_resume_on_other_layouts(place: Place, undisturbed: tuple[str,
         sets = [word for text in layout for word in ("--set", text)]
         process = place.start("train", "spec.toml", "--no-prefect", "--json", *sets)
         newest = saved[-1] if saved else 0
-        wait_for(
+        while_it_trains(
+            place.folder,
             lambda n=newest: any(int(p.name.split("-")[0]) > n for p in manifests.glob("*")),  # type: ignore[misc]
             "a newer checkpoint",
-            60,
         )
         ask_to_stop(process, number, place.folder / "out")
         out, err = process.communicate(timeout=60)
@@ -184,7 +185,7 @@ def test_cancel_ends_it_for_good_and_resume_opens_it_again(place: Place, undistu
     run, digest = undisturbed
     process = place.start("train", "spec.toml", "--no-prefect", "--json")
     manifests = place.folder / "store" / "runs" / run / "manifests"
-    wait_for(lambda: any(manifests.glob("*/manifest")), "a checkpoint", 60)
+    while_it_trains(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint")
     with frozen(place.folder / "out", 0):
         place.said("runs", "cancel", run)
         wait_for(lambda: process.poll() is not None, "the driver to leave", 60)
@@ -244,7 +245,8 @@ def test_bf16_and_an_untied_head_through_a_kill_and_another_number_of_stages(pla
     with unleashed(Fault("backward", 1, 9), place.run_folder(run), place.folder / "out") as watcher:
         process = place.start_train(*LLAMA, "parallel.stages=3")
         manifests = place.run_folder(run) / "manifests"
-        wait_for(lambda: watcher.poll() is not None and any(manifests.glob("*/manifest")), "kill and checkpoint", 60)
+        wait_for(lambda: watcher.poll() is not None, "the kill", 60)
+        while_it_trains(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint")
         assert watcher.returncode == 0
         process.send_signal(signal.SIGTERM)
         first = finish(process)

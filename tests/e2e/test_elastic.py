@@ -18,6 +18,7 @@ from flows.drive.run import Prepared
 from flows.drive.train import launch_for
 from flows.show.facts import details
 from flows.show.lines import Lines
+from tests.support.chaos import standing_still
 from tests.support.place import LONG, LONG_STEPS, TEXT
 from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
@@ -104,7 +105,8 @@ def test_a_run_goes_down_with_its_machines_and_up_with_its_next_launch(
 
     said: list[str] = []
     driver = Driver(prepared, store, machines, launch, sink=Sinks([losing, Lines(said.append, LONG_STEPS)]))
-    outcome = driver.run()
+    with standing_still(tmp_path / "out", lambda: bool(losing.room_after)):
+        outcome = driver.run()
     assert (prepared.run, outcome.state_digest) == undisturbed, outcome
     told = details(store, prepared.run)["attempts_list"]
     wide, few = "2 stages x 2 replicas on 2 nodes", "2 stages x 1 replica on 1 node"

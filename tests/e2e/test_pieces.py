@@ -10,11 +10,8 @@ from tests.support.wait import wait_for
 
 STEPS = 20
 WIDE = (
-    SPEC.replace("layers = 4\nwidth = 64", "layers = 2\nwidth = 272")  # two blocks in each layer's matrices
-    .replace(
-        "steps = 60\nbatch = 8\nmicrobatch = 2\nsequence = 64",
-        f"steps = {STEPS}\nbatch = 4\nmicrobatch = 1\nsequence = 16",
-    )
+    SPEC.replace("layers = 4\nwidth = 32", "layers = 2\nwidth = 272")  # two blocks in each layer's matrices
+    .replace("steps = 60\nbatch = 8\nmicrobatch = 2", f"steps = {STEPS}\nbatch = 4\nmicrobatch = 1")
     .replace("every = 4", "every = 2")
 )
 ONE = ("parallel.stages=1", "parallel.replicas=1", "launch.nodes=1")

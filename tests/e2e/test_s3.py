@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import spec_of
-from tests.support.chaos import Fault, rank_step, unleashed
+from tests.support.chaos import Fault, rank_step, unleashed, while_it_trains
 from tests.support.place import SPEC, Place, finish
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 from tests.support.wait import wait_for
@@ -93,7 +93,8 @@ def test_a_store_that_is_away_for_a_while_costs_no_step(
     steps = "train.steps=160"
     process = there.start_train(steps)
     work = there.folder / "out"
-    wait_for(lambda: any(objects(server, there).glob("runs/*/manifests/*/manifest")), "a checkpoint", 60)
+    saved = objects(server, there)
+    while_it_trains(work, lambda: any(saved.glob("runs/*/manifests/*/manifest")), "a checkpoint")
     if how == "killed":
         server.kill()
     else:
@@ -110,8 +111,8 @@ def test_a_store_that_is_away_for_a_while_costs_no_step(
     assert done.code == 0, done.err
     result = done.json()
     assert (result["outcome"], result["attempts"], result["step"]) == ("succeeded", 1, 160)
-    saved = [c["step"] for c in json.loads(there.said("ckpt", "ls", result["run"], "--json"))]
-    assert [s for s in saved if left_at + 40 < s], saved
+    kept = [c["step"] for c in json.loads(there.said("ckpt", "ls", result["run"], "--json"))]
+    assert [s for s in kept if left_at + 40 < s], kept
 
     folder = Place(tmp_path / "folder", SPEC)
     try:
@@ -122,8 +123,9 @@ def test_a_store_that_is_away_for_a_while_costs_no_step(
 
 def test_ctrl_c_is_heard_while_the_store_does_not_answer(there: Place, server: S3Server) -> None:
     """The server takes connections and says nothing: the gang leaves all the same."""
-    process = there.start_train("checkpoint.commit_s=1")
-    wait_for(lambda: any(objects(server, there).glob("runs/*/manifests/*/manifest")), "a checkpoint", 60)
+    process, work = there.start_train("checkpoint.commit_s=1"), there.folder / "out"
+    saved = objects(server, there)
+    while_it_trains(work, lambda: any(saved.glob("runs/*/manifests/*/manifest")), "a checkpoint")
     os.kill(server.pid, signal.SIGSTOP)
     try:
         process.send_signal(signal.SIGINT)

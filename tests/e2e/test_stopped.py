@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.answers import STOPPED, stopped_after
-from tests.support.chaos import frozen
+from tests.support.chaos import frozen, while_it_trains
 from tests.support.place import LONG_STEPS, Done, Place, finish
 from tests.support.wait import wait_for
 
@@ -87,7 +87,7 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     # draining: the gang saves, and a second signal makes the command leave; the gang ends by itself
     process = place.start_train()
     before = steps()
-    wait_for(lambda: steps() > before, "a step", 60)
+    while_it_trains(place.folder, lambda: steps() > before, "a step")
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     while b"stopping: the gang" not in process.stderr.readline():
@@ -190,7 +190,7 @@ def test_two_ctrl_c_at_a_terminal_leave_it_running(
     run, digest = undisturbed
     one = terminal(*TRAIN)
     store = place.run_folder(run)
-    wait_for(lambda: any(store.glob("live/*/metrics/*")), "a step", 60)
+    while_it_trains(place.folder, lambda: any(store.glob("live/*/metrics/*")), "a step")
     with frozen(place.folder / "out", 0):  # the run cannot end meanwhile
         one.process.send_signal(signal.SIGINT)
         one.read_until(b"again within")
@@ -208,7 +208,7 @@ def test_a_terminal_that_closes_takes_its_command_and_not_the_run(
     """Neither the one that attached nor the one that began it."""
     run, digest = undisturbed
     first = terminal(*TRAIN)
-    wait_for(lambda: any(place.run_folder(run).glob("live/*/metrics/*")), "a step", 60)
+    while_it_trains(place.folder, lambda: any(place.run_folder(run).glob("live/*/metrics/*")), "a step")
     with frozen(place.folder / "out", 0):  # the run cannot end meanwhile
         second = terminal(*TRAIN)
         second.read_until(run.encode())

@@ -22,7 +22,7 @@ from flows.prefect_api import Client, Gone
 from flows.prefect_server import PrefectServer
 from flows.recurring.deployments import Deployments
 from tests.support.front import Front
-from tests.support.place import Place
+from tests.support.place import LEARNT, Place
 from tests.support.postgres import running
 from tests.support.shared import kept
 from tests.support.undisturbed import undisturbed_run
@@ -145,9 +145,15 @@ def hosted(tmp_path: Path, prefect: Api) -> Iterator[Place]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A tiny run that has succeeded, on one stage, without Prefect: the undisturbed one that others compare with."""
-    folder, run, digest = undisturbed_run(tmp_path_factory)
+    """A tiny run that has succeeded, on one stage, without Prefect, for those who look at it."""
+    folder, run, digest = undisturbed_run(tmp_path_factory, LEARNT)
     return Trained(Place.again(folder), run, digest)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The state digest that every run of a place's spec must have."""
+    return undisturbed_run(tmp_path_factory)[2]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from flows.prefect_api import answers
-from tests.flows.conftest import Api, Trained, started
+from tests.flows.conftest import Api, started
 from tests.support.place import ROOT, STEPS, Place, finish
 from tests.support.wait import wait_for
 
@@ -38,7 +38,7 @@ def attempt_of(api: Api, flow_run: dict[str, Any]) -> dict[str, Any]:
     return task
 
 
-def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: Place, trained: Trained) -> None:
+def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: Place, undisturbed: str) -> None:
     secrets = {"AWS_ACCESS_KEY_ID": "AKIAHOTSTAGETEST", "AWS_SECRET_ACCESS_KEY": "hotstage-test-secret-value"}
     hosted.env.update(secrets)
     done = hosted.call(*args(), "--json")
@@ -47,7 +47,7 @@ def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: 
     result = done.json()
     events = [json.loads(line) for line in done.err.splitlines()]
     assert {"line", "attempt", "step", "checkpoint", "ended"} <= {event["event"] for event in events}
-    assert (result["outcome"], result["state_digest"]) == ("succeeded", trained.digest)
+    assert (result["outcome"], result["state_digest"]) == ("succeeded", undisturbed)
     (flow_run,) = [
         f for f in prefect.named(result["run"]) if f["parameters"]["store"].endswith(str(hosted.folder / "store"))
     ]
@@ -119,12 +119,12 @@ def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted:
     assert "stopped" in flow_run["state"]["message"]
 
 
-def test_nothing_answers_at_the_url(place: Place, trained: Trained) -> None:
+def test_nothing_answers_at_the_url(place: Place, undisturbed: str) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))  # bound, never listening: connections are refused as long as the test lasts
         place.env["PREFECT_API_URL"] = f"http://127.0.0.1:{s.getsockname()[1]}/api"
         done = place.call(*args(), "--json")
-    assert (done.code, done.json()["state_digest"]) == (0, trained.digest), done.err
+    assert (done.code, done.json()["state_digest"]) == (0, undisturbed), done.err
     assert "Prefect does not answer" in done.err
 
 
@@ -147,7 +147,7 @@ def test_the_server_is_killed_in_the_middle(place: Place, tmp_path: Path) -> Non
 
 
 def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api, hosted: Place) -> None:
-    undisturbed = hosted.train(*SLOW, "parallel.stages=1", "name='other'")["state_digest"]
+    alone = hosted.train(*SLOW, "parallel.stages=1", "name='other'")["state_digest"]
     hosted_args = args(*SLOW, "name='killed'")
     process = hosted.start(*hosted_args, "--json")
     saved = hosted.folder / "store" / "runs"
@@ -159,7 +159,7 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     done = hosted.call(*hosted_args, "--json")
     assert done.code == 0, done.err
     result = done.json()
-    assert (result["attempts"], result["state_digest"]) == (1, undisturbed)
+    assert (result["attempts"], result["state_digest"]) == (1, alone)
     flow_runs = prefect.named(result["run"])
     assert sorted(f["state_type"] for f in flow_runs) == ["COMPLETED", "CRASHED"]
     (crashed,) = [f for f in flow_runs if f["state_type"] == "CRASHED"]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.flows.conftest import Api
-from tests.support.place import ROOT, Place, finish
+from tests.support.place import LEARNT, ROOT, Place, finish
 from tests.support.wait import wait_for
 from tests.test_layering import ROOMS
 
@@ -99,6 +99,7 @@ def test_a_real_run_walks_so(prefect: Api, hosted: Place, tmp_path: Path) -> Non
         "WALK_STATIONS": json.dumps([[station.path, station.function] for station in python]),
         "WALK_OUT": str(out),
     }
+    (hosted.folder / "spec.toml").write_text(LEARNT)  # what its first steps say is read while it trains
     command = hosted.command("train", "spec.toml", "--set", "train.steps=120", "--set", "train.microbatch=1")
     process = subprocess.Popen(
         command, cwd=hosted.folder, env=hosted.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE

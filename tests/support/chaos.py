@@ -19,6 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -95,6 +96,39 @@ def frozen(work: Path, rank: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def standing_still(work: Path, due: Callable[[], bool]) -> Iterator[None]:
+    """While something is due rank 0 below the folder stands still now and then: who looks seldom sees it train."""
+    over, held = threading.Event(), Held(work, 0)
+
+    def hold() -> None:
+        while not over.wait(0.005) and due():
+            held.look()
+        held.release()
+
+    holder = threading.Thread(target=hold, name="holder")
+    holder.start()
+    try:
+        yield
+    finally:
+        over.set()
+        holder.join()
+
+
+def while_it_trains(work: Path, look: Callable[[], T | None], what: str, seconds: float = 60) -> T:
+    """`wait_for`, of a gang below the folder that does not end meanwhile: its rank 0 stands still now and then."""
+    held = Held(work, 0)
+
+    def looked() -> T | None:
+        held.look()
+        return look()
+
+    try:
+        return wait_for(looked, what, seconds)
+    finally:
+        held.release()
 
 
 def hurried(work: Path, look: Callable[[], T]) -> T:
@@ -176,23 +210,29 @@ def kill_between_attempts(work: Path, rank: int, during: Callable[[], None]) -> 
 # --- the watcher ------------------------------------------------------------------------------------------
 
 
-def pids_below(work: Path, strangers: Collection[int] = ()) -> Iterator[tuple[int, list[str]]]:
-    """Processes that work below a folder, with their arguments. ``strangers``: they are not looked at."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) in strangers:
+def pids_below(work: Path, strangers: Collection[int] = (), word: str = "") -> Iterator[tuple[int, list[str]]]:
+    """Processes that work below a folder, with their arguments, which hold ``word``. ``strangers``: they are not
+    looked at.
+    """
+    folder, wanted = str(work), word.encode()
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) in strangers:
             continue
         try:
-            args = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            home = os.readlink(entry / "cwd")
+            with open(f"/proc/{name}/cmdline", "rb", buffering=0) as file:
+                line = file.read()
+            if wanted not in line:  # a test looks at every process again and again: most end here
+                continue
+            args = line.decode(errors="replace").split("\0")
+            if folder in line.decode(errors="replace") or folder in os.readlink(f"/proc/{name}/cwd"):
+                yield int(name), args
         except OSError:
             continue
-        if str(work) in home or any(str(work) in arg for arg in args):
-            yield int(entry.name), args
 
 
 def _rank_pid(work: Path, rank: int, strangers: Collection[int] = ()) -> int | None:
-    for pid, args in pids_below(work, strangers):
-        if "rank" in args[1:2] and "--rank" in args and args[args.index("--rank") + 1] == str(rank):
+    for pid, args in pids_below(work, strangers, "--rank"):
+        if "rank" in args[1:2] and args[args.index("--rank") + 1] == str(rank):
             return pid
     return None
 
@@ -251,32 +291,40 @@ class _Checked:
 
 
 def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
-    """Spin on the rank's page until it is at the place in that step (or a later one: spinning may miss a short one)."""
+    """Look at the rank's page until it is at the place in that step (or a later one: a short one may be missed); from
+    the step before that on without a pause.
+    """
     kind, op = _KINDS[fault.place]
     checked = _Checked()
-    here = {pid for pid, _ in pids_below(work)}
-    strangers = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()} - here
+    strangers = _strangers(work)
     while time.monotonic() < deadline:
         pid = _rank_pid(work, fault.rank, strangers)
         page = _page_of(pid) if pid else None
         if pid is None or page is None:
-            time.sleep(0.002)
+            time.sleep(0.005)
             continue
         try:
-            while time.monotonic() < deadline:
+            while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
                 for _ in range(2000):
                     _, step, _, now, letter, _, _ = _PAGE.unpack(os.pread(page, _PAGE.size, 0))
                     checked.see(step, now)
                     there = step >= fault.step and now == kind and (op is None or letter == ord(op))
                     if there and (fault.place != "again" or checked.yes) and _kill(pid):
                         return True
-                if not Path(f"/proc/{pid}").exists():
-                    break
+                    if step < fault.step - 1:
+                        time.sleep(0.0005)
+                        break
         except OSError:
             pass
         finally:
             os.close(page)
     return False
+
+
+def _strangers(work: Path) -> set[int]:
+    """What runs now and does not work below the folder: it need not be looked at again."""
+    here = {pid for pid, _ in pids_below(work)}
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - here
 
 
 def _of_kind(work: Path, word: str) -> int | None:
@@ -292,6 +340,37 @@ def _of_kind(work: Path, word: str) -> int | None:
     return None
 
 
+class Held:
+    """Rank 0 below a folder, which stands still for a while each few steps from one on: what its node and its driver do
+    of that step has time to be seen, and the run does not end before."""
+
+    STEPS, S = 8, 0.25
+    """There is a snapshot that goes to the store in so many steps."""
+
+    def __init__(self, work: Path, step: int) -> None:
+        self._work, self._strangers, self._next = work, _strangers(work), step + self.STEPS
+        self._pid: int | None = None
+        self._until = 0.0
+
+    def look(self) -> None:
+        now = time.monotonic()
+        if self._pid is not None and now > self._until:
+            self.release()
+        if self._pid is None:
+            pid = _rank_pid(self._work, 0, self._strangers)
+            step = step_of(pid) if pid is not None else None
+            if pid is not None and step is not None and step > self._next:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+                    self._pid, self._until, self._next = pid, now + self.S, step + self.STEPS
+
+    def release(self) -> None:
+        if self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGCONT)
+            self._pid = None
+
+
 def _outside(fault: Fault, run_folder: Path, work: Path, deadline: float) -> bool:
     """Kill agent, supervisor, driver or store when the store shows the place: a chunk (upload, store), a part without
     its record (commit), a manifest that is being told (driver).
@@ -305,18 +384,23 @@ def _outside(fault: Fault, run_folder: Path, work: Path, deadline: float) -> boo
         "driver": "manifests/*/manifest",
         "store": "chunks/*/*",
     }[fault.place]
-    while time.monotonic() < deadline:
-        for found in run_folder.glob(pattern):
-            if "live" not in pattern:
-                step = int(found.relative_to(run_folder).parts[1].split("-")[0])
-                there = step >= fault.step
-            else:
-                there = _last_step(found) >= fault.step
-            pid = _of_kind(work, word) if there else None
-            if pid is not None and _kill(pid):
-                return True
-        time.sleep(0.0005)
-    return False
+    held = Held(work, fault.step)
+    try:
+        while time.monotonic() < deadline:
+            for found in run_folder.glob(pattern):
+                if "live" not in pattern:
+                    step = int(found.relative_to(run_folder).parts[1].split("-")[0])
+                    there = step >= fault.step
+                else:
+                    there = _last_step(found) >= fault.step
+                pid = _of_kind(work, word) if there else None
+                if pid is not None and _kill(pid):
+                    return True
+            held.look()
+            time.sleep(0.002)
+        return False
+    finally:
+        held.release()
 
 
 def _last_step(segment: Path) -> int:

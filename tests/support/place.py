@@ -33,7 +33,7 @@ name = "chaos"
 [model]
 family = "gpt2"
 layers = 4
-width = 64
+width = 32
 heads = 4
 context = 64
 [data]
@@ -43,7 +43,7 @@ vocab_size = 300
 steps = {STEPS}
 batch = 8
 microbatch = 2
-sequence = 64
+sequence = 16
 seed = 3
 [parallel]
 stages = 2
@@ -60,7 +60,12 @@ backoff_s = 0.05
 
 LONG_STEPS = 4 * STEPS
 LONG = SPEC.replace(f"steps = {STEPS}", f"steps = {LONG_STEPS}")
-"""For tests that act while a run trains: a fast machine has 60 steps behind it before they do."""
+"""For tests that act while a run trains: a fast machine has 60 steps behind it before they do. A step is a millisecond
+or two of each rank; what a driver sees, who looks each second or two, is not counted on but waited for (``frozen``)."""
+
+
+LEARNT = SPEC.replace("width = 32", "width = 64").replace("sequence = 16", "sequence = 64")
+"""For tests that read what a run has learnt, or has told at length: sixteen times the work of a step."""
 
 
 @dataclass(frozen=True)

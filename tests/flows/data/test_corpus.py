@@ -380,7 +380,7 @@ def test_data_prepare_refuses_what_train_would(place: Place) -> None:
     (place.folder / "corpus" / "a.txt").write_text("abc")
     done = place.here("data", "prepare", "spec.toml")
     assert done.code == 78, done.err
-    assert "train.sequence 64 needs a shard of 65 tokens, the longest has" in done.err
+    assert "train.sequence 16 needs a shard of 17 tokens, the longest has" in done.err
     assert not list((place.folder / "store").glob("data/*"))
     (place.folder / "corpus" / "a.txt").write_text(WORDS * 20)
     done = place.here("data", "prepare", "spec.toml", "--set", "model.vocab=280")

@@ -30,7 +30,7 @@ from flows.drive.train import cancel
 from flows.drive.views import Restore, StartAttempt
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Trained
-from tests.support.place import Place, finish
+from tests.support.place import LEARNT, Place, finish
 from tests.support.wait import wait_for
 from trainer.errors import SpecError
 from trainer.launch import Launch, LaunchView
@@ -52,7 +52,7 @@ def held(at: Place) -> int:
 
 def test_the_newest_order_wins_and_the_other_driver_follows(tmp_path: Path, trained: Trained) -> None:
     """Two terminals: one stage in the first, `runs resume --set parallel.stages=2` in the second."""
-    at = Place(tmp_path / "p")
+    at = Place(tmp_path / "p", LEARNT)
     try:
         _two_terminals(at, trained)
     finally:
@@ -75,7 +75,7 @@ def _two_terminals(at: Place, trained: Trained) -> None:
 
 
 def test_a_command_that_cannot_serve_an_order_leaves_with_a_word(tmp_path: Path) -> None:
-    at = Place(tmp_path / "p")
+    at = Place(tmp_path / "p", LEARNT)
     try:
         process = at.start("train", "spec.toml", "--no-prefect", "--set", "parallel.stages=1")
         pid = held(at)
