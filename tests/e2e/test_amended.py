@@ -61,7 +61,7 @@ def calm(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         at.stop_all()
     assert told.code == 0, told.err
     state = log_of(at, run)
-    assert state.attempts[-1].step == back
+    assert state.attempts[-1].step == back, (told.out, told.told, state)
     newest = state.at_step()
     assert newest is not None
     # 6 batches of those that it has passed were skipped
