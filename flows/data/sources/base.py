@@ -23,6 +23,10 @@ WHOLE_LETTERS = 256 << 20
 bytes): a tokenizer takes some 65 bytes for each."""
 LONG_LETTERS = 16 << 20
 """A file of more bytes than that is never held whole, but where a filter asks for its text."""
+TALKS = ("messages", "conversations", "conversation")
+A_TALK = (
+    "write a document for each answer, with all before it as its prompt, and name both: data.prompt_field, data.field"
+)
 _HALF = re.compile("[\ud800-\udfff]")
 _TOLD = 3  # places of a kind that are named one by one
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flows.data.sources.base import WHOLE_LETTERS, Borne, Document, Entry, no_prompt, whole_pairs
+from flows.data.sources.base import A_TALK, TALKS, WHOLE_LETTERS, Borne, Document, Entry, no_prompt, whole_pairs
 from flows.data.sources.files import BOM, Opened, chunks_of, is_packed, look_at_files, opened_file
 from flows.data.sources.text import line_at, nul_byte
 from trainer.errors import DatasetError
@@ -130,6 +130,9 @@ def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[
 
 def _proposed(value: dict[str, Any]) -> str:
     """What is probably meant where an object has no text under the field."""
+    for key in TALKS:
+        if isinstance(value.get(key), list):
+            return f"; {key!r} is a conversation: {A_TALK}"
     texts = sorted((key for key, item in value.items() if isinstance(item, str)), key=lambda key: -len(value[key]))
     if texts:
         return f'; the longest text is data.field = "{_shown(texts[0])}"'

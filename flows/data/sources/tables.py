@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
-from flows.data.sources.base import Borne, Document, Entry, no_prompt, optional_module, whole_pairs
+from flows.data.sources.base import A_TALK, TALKS, Borne, Document, Entry, no_prompt, optional_module, whole_pairs
 from flows.data.sources.files import GZIP, PACKED, Opened, look_at_files, opened_file, refuse_formats
 from trainer.errors import DatasetError, SpecError
 
@@ -101,6 +101,9 @@ def _no_column(where: str, field: str, names: Sequence[str], texts: Sequence[str
     shown = ", ".join(map(repr, list(names)[:8])) or "none"
     what = "its text" if key == "data.field" else "its prompt"
     mend = f'name the one of {what}: {key} = "{texts[0]}"' if texts else "none of them is of text"
+    talk = next((name for name in names if name in TALKS), None)
+    if talk is not None:
+        mend = f"{talk!r} is a conversation: {A_TALK}"
     return f"{where} has no column {field!r}; its columns are {shown}: {mend}"
 
 

@@ -251,7 +251,12 @@ def test_json_that_is_odd_and_right(
         ("[INFO] a log's line", "Expecting value at column 2[)]"),
         ('{"content": "some text", "id": "x"}', 'the longest text is data.field = "content"'),
         ('{"data": {"text": "y"}}', r"taken out by: jq -c '\{text: \.data\.text\}'"),
-        ('{"messages": [{"role": "user"}]}', "'messages' holds objects: join their texts"),
+        ('{"turns": [{"said": "a"}]}', "'turns' holds objects: join their texts"),
+        ('{"messages": [{"role": "user"}]}', "'messages' is a conversation: write a document for each answer"),
+        (
+            '{"conversations": [{"from": "human"}]}',
+            "'conversations' is a conversation: .*data.prompt_field, data.field",
+        ),
         ("<html>", "Expecting value at column 1; it begins with '<html>'"),
         ("# a comment", "it begins with '# a comment'"),
         ("{'text': 'python'}", "Expecting property name.*this is Python's: write it by json.dumps"),
