@@ -24,14 +24,25 @@ def session() -> boto3.session.Session:
     it."""
     if (named := os.environ.get("AWS_PROFILE")) is not None and not named.strip():
         raise CredentialsRefused("AWS_PROFILE is set and empty: name a profile, or unset it")
-    made = _asking_nobody(boto3.session.Session())
+    made = _prepared(boto3.session.Session())
     region = made.region_name or os.environ.get("AWS_REGION")
     if made.region_name == "" and not region:
         raise StoreRefused(
             "the region is set and empty (AWS_DEFAULT_REGION, or the profile's region): write it as eu-west-1, or "
             "leave it out"
         )
-    return made if made.region_name else _asking_nobody(boto3.session.Session(region_name=region))
+    return made if made.region_name else _prepared(boto3.session.Session(region_name=region))
+
+
+_read: dict[tuple[str, ...], dict[Any, Any]] = {}
+
+
+def _prepared(made: boto3.session.Session) -> boto3.session.Session:
+    """boto3's description of S3, a megabyte of JSON, is read and parsed once a process, not for each session: by the
+    folders that it is looked for in. Clients of one session share it so."""
+    loader = made._session.get_component("data_loader")
+    loader._cache = _read.setdefault(tuple(loader.search_paths), {})
+    return _asking_nobody(made)
 
 
 def _asking_nobody(made: boto3.session.Session) -> boto3.session.Session:

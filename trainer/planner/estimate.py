@@ -37,6 +37,8 @@ UPDATE_BYTES = 38
 out, the copy, the gradient's zero."""
 KINDS = ("weights", "gradients", "optimizer", "activations", "buffers")
 """Of memory."""
+Memory = tuple[Mapping[str, int], ...]
+"""Bytes by kind of some positions."""
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,11 @@ class Planner:
         found[last_position(a)] += c.head.parameters
         return max(found) / a.tensor
 
-    def estimate(self, a: Arrangement, filled: Filled | None = None, *, whole: bool = False) -> Estimate:
+    def estimate(
+        self, a: Arrangement, filled: Filled | None = None, *, whole: bool = False, memory: Memory | None = None
+    ) -> Estimate:
         """The step of a layout. ``filled``: its pipeline, played out. ``whole``: the memory of every position, not
-        only of those that may have the most."""
+        only of those that may have the most. ``memory``: what :meth:`memory` has said of it already."""
         c = self.costs[a.microbatch]
         placed = Placed(self.cluster, a)
         stages = self.stages(a, placed)
@@ -308,7 +312,7 @@ class Planner:
             mfu=flops / (step * self.times.peak * a.devices),
             goodput=goodput,
             checkpoint_s=interval,
-            memory=self.memory(a, whole),
+            memory=memory or self.memory(a, whole),
             traffic={link: traffic[link] for link in LINKS if traffic.get(link, 0.0) > 0},
             tokens=tokens,
             played=played,
@@ -379,7 +383,7 @@ class Planner:
 
     # --- memory ---------------------------------------------------------------------------------------------
 
-    def memory(self, a: Arrangement, whole: bool = True) -> tuple[Mapping[str, int], ...]:
+    def memory(self, a: Arrangement, whole: bool = True) -> Memory:
         """Bytes by kind: of every position, or of those that may have the most."""
         counts = self.layers_at(a)
         chosen: Iterable[int] = range(a.positions)

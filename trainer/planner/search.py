@@ -416,17 +416,18 @@ class _Search:
             self.reject(uneven, a, a.devices, lambda: f"{a.devices:,} ranks on {placed.nodes:,} nodes")
             return None
         have = cluster.sheet.memory_bytes
-        need = max(sum(kinds.values()) for kinds in planner.memory(a, whole=False))
+        memory = planner.memory(a, whole=False)
+        need = max(sum(kinds.values()) for kinds in memory)
         if need > have:
             self.reject("does not fit the device's memory", a, need, lambda: _too_large(planner, a, need, have))
             kind = a.foreign
             if kind not in self.tightest or need < self.tightest[kind].most_bytes:
-                self.tightest[kind] = planner.estimate(a)
+                self.tightest[kind] = planner.estimate(a, memory=memory)
             return None
-        found = planner.estimate(a)
+        found = planner.estimate(a, memory=memory)
         if not a.pipeline_first or a.positions == 1 or a.replicas == 1 or not a.foreign:
             return found
-        other = planner.estimate(replace(a, pipeline_first=False))
+        other = planner.estimate(replace(a, pipeline_first=False), memory=memory)
         return other if other.tokens_s > found.tokens_s else found
 
     def _launch(self, a: Arrangement, placed: Placed) -> str:
