@@ -254,7 +254,7 @@ def test_json_that_is_odd_and_right(
         ('{"turns": [{"said": "a"}]}', "'turns' holds objects: join their texts"),
         ('{"messages": [{"role": "user"}]}', "'messages' is a conversation: write a document for each answer"),
         (
-            '{"conversations": [{"from": "human"}]}',
+            '{"id": "x1", "conversations": [{"from": "human"}]}',
             "'conversations' is a conversation: .*data.prompt_field, data.field",
         ),
         ("<html>", "Expecting value at column 1; it begins with '<html>'"),
