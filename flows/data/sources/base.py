@@ -65,6 +65,9 @@ class Document:
     def blocks(self, cut: re.Pattern[str] | None) -> Iterator[str]:
         """The text from its beginning, cut where ``cut`` matches after each ``BLOCK_LETTERS`` (what it takes is of no
         block; it looks at two characters at most); None: whole. DatasetError where a block is beyond reason."""
+        if self.parts is None and len(self.text) <= BLOCK_LETTERS:
+            yield self.text
+            return
         held: list[str] = []  # of the block in hand, searched
         size, rest = 0, ""
         for part in self.parts() if self.parts is not None else (self.text,):

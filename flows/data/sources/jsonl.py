@@ -5,6 +5,7 @@ is not packed are read alone; a line is of the range in which it begins.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ class JsonSource:
         text = value.pop(field)
         if not isinstance(text, str):
             raise _no_object(where, f"its {field} is {_kind(text)}", field)
-        if line.count(json.dumps(field)) > 1:
+        if line.count(_written(field)) > 1:
             _once(line, where, field)
         prompt = None if self._prompt is None else self._prompt_of(value, line, where, borne)
         return Document(where, whole_pairs(text, where, borne), value if self._whole else {}, prompt=prompt)
@@ -73,9 +74,14 @@ class JsonSource:
         prompt = value.pop(field)
         if not isinstance(prompt, str):
             raise no_prompt(where, f"its {field} is {_kind(prompt)}")
-        if line.count(json.dumps(field)) > 1:
+        if line.count(_written(field)) > 1:
             _once(line, where, field)
         return whole_pairs(prompt, where, borne)
+
+
+@functools.lru_cache
+def _written(key: str) -> str:
+    return json.dumps(key)
 
 
 class _Place:
