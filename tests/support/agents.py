@@ -419,7 +419,8 @@ def state_bytes(layout: PlanLayout, rank: int, seed: int) -> bytes:
     data = bytearray(own.data_bytes)
     for s in own.states:
         for kind in range(s.kinds):
-            whole = tensor_bytes(layout.tensors[s.tensor].name, layout.tensors[s.tensor].elements, kind, seed)
+            tensor = layout.tensors[s.tensor]
+            whole = memoryview(tensor_bytes(tensor.name, tensor.elements, kind, seed))
             at = s.kind_offset(kind)
             data[at : at + 4 * s.elements] = whole[4 * s.first : 4 * (s.first + s.elements)]
     return bytes(data)

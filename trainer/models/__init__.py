@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from typing import TYPE_CHECKING
 
 from trainer.errors import SpecError
@@ -15,15 +16,20 @@ if TYPE_CHECKING:
     from trainer.models.base import Family
 
 
+BESIDE = frozenset({"base", "hf_config"})
+"""Modules here that are no family."""
+
+
 def names() -> tuple[str, ...]:
     """Families that a spec may name, in alphabetical order."""
     found = {module.name for module in pkgutil.iter_modules(__path__)}
-    return tuple(sorted(found - {"base", "hf_config"}))
+    return tuple(sorted(found - BESIDE))
 
 
 def family(name: str) -> Family:
     """The family of that name; SpecError where there is none."""
-    if name not in names():
+    there = name not in BESIDE and f"{__name__}.{name}" in sys.modules  # else the folder is read, for each spec again
+    if not there and name not in names():
         raise SpecError(f"model.family {name!r} is unknown; take one of {', '.join(names())}")
     from trainer.models.base import Family
 
