@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import chaos_flows
-from tests.support.place import LONG
+from tests.support.place import LASTING
 from tests.support.undisturbed import undisturbed_run
 
 
@@ -18,7 +18,7 @@ def test_kills_of_driver_schedule_and_server(
     kills: int, seed: int, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """No gang twice, none killed, nothing left, equal digests, no flow run left Running for ever."""
-    _, _, digest = undisturbed_run(tmp_path_factory, LONG)
+    _, _, digest = undisturbed_run(tmp_path_factory, LASTING)
     campaign = chaos_flows.run(kills, seed, tmp_path / "scene", digest)
     said = chaos_flows.report(campaign)
     print(said)

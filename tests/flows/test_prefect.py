@@ -71,7 +71,10 @@ def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: 
     assert f"| {STEPS} | `runs/{result['run']}/manifests/" in files
     assert str(hosted.folder / "store") in files
     wait_for(
-        lambda: [row["state_type"] for row in prefect.task_runs(flow_run["id"])] == ["COMPLETED"] * 3, "the tasks", 20
+        lambda: [row["state_type"] for row in prefect.task_runs(flow_run["id"])] == ["COMPLETED"] * 3,
+        "the tasks",
+        20,
+        0.1,
     )  # the server records task runs a moment after it was told
     tasks = {row["name"]: row for row in prefect.task_runs(flow_run["id"])}
     assert {name: row["state_type"] for name, row in tasks.items()} == dict.fromkeys(
@@ -101,7 +104,7 @@ def test_a_run_that_gives_up_is_a_failed_flow_run(prefect: Api, hosted: Place) -
     assert flow_run["state_type"] == "FAILED"
     assert result["reason"] in flow_run["state"]["message"]
     assert all(json.loads(line) for line in done.err.splitlines())
-    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "FAILED", "the attempt's end", 20)
+    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "FAILED", "the attempt's end", 20, 0.1)
     assert attempt_of(prefect, flow_run)["state"]["message"] == result["reason"]
 
 
@@ -115,7 +118,7 @@ def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted:
     name = done.out.split("go on with: hotstage runs resume ")[1].split()[0]
     (flow_run,) = prefect.named(name)
     assert flow_run["state_type"] == "CANCELLED"
-    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "CANCELLED", "the attempt's end", 20)
+    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "CANCELLED", "the attempt's end", 20, 0.1)
     assert "stopped" in flow_run["state"]["message"]
 
 
@@ -153,7 +156,7 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     saved = hosted.folder / "store" / "runs"
     wait_for(lambda: any(saved.glob("killed-*/live/*/metrics/*")), "the first step", 60)
     name = next(iter(saved.glob("killed-*"))).name
-    wait_for(lambda: [f for f in prefect.named(name) if f["infrastructure_pid"]], "whose process the flow run is", 60)
+    wait_for(lambda: [f for f in prefect.named(name) if f["infrastructure_pid"]], "its process", 60, 0.1)
     process.kill()
     process.communicate()
     done = hosted.call(*hosted_args, "--json")

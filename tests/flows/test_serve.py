@@ -41,7 +41,7 @@ def test_it_waits_for_prefect_and_serves_the_deployment_then(place: Place, serve
         assert process.stdout.readline().decode() == f"waiting for Prefect at {server.api}\n"
         server.start()
         assert server.wait(180)
-        wait_for(lambda: deployments(server) == ["train"], "the deployment", 60)
+        wait_for(lambda: deployments(server) == ["train"], "the deployment", 60, 0.1)
         assert process.poll() is None
         process.terminate()
         process.communicate(timeout=60)
@@ -61,7 +61,7 @@ def test_it_serves_again_where_prefect_was_away(place: Place, server: PrefectSer
             place.command("k8s", "serve"), cwd=place.folder, env=place.env, stdout=said, stderr=said
         )
     try:
-        wait_for(lambda: deployments(server) == ["train"], "the deployment", 60)
+        wait_for(lambda: deployments(server) == ["train"], "the deployment", 60, 0.1)
         assert server.process is not None
         os.killpg(server.process.pid, signal.SIGKILL)  # a session of its own: the server and all that it started
         server.process.wait()
@@ -71,7 +71,7 @@ def test_it_serves_again_where_prefect_was_away(place: Place, server: PrefectSer
         (deployment,) = api.ask("deployments/filter", {})
         asked = api.tell(f"deployments/{deployment['id']}/create_flow_run", {"parameters": {"run": "nobody-knows-it"}})
         # it is taken up, and says what is wrong with it
-        wait_for(lambda: api.flow_runs(id={"any_": [asked["id"]]})[0]["state_type"] == "FAILED", "its end", 120)
+        wait_for(lambda: api.flow_runs(id={"any_": [asked["id"]]})[0]["state_type"] == "FAILED", "its end", 120, 0.1)
         assert process.poll() is None
     finally:
         process.kill()

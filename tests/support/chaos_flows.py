@@ -35,11 +35,12 @@ from flows.drive.run import run_names
 from flows.prefect_api import OPEN_STATES
 from flows.prefect_server import PrefectServer
 from tests.support.chaos import pids_below
-from tests.support.place import LONG, ROOT, Place
+from tests.support.place import LASTING, ROOT, Place
 from tests.support.wait import wait_for
 
 VICTIMS = ("driver", "schedule", "server", "driver", "schedule", "driver")  # four kills are of all three
 PATIENCE_S = 120.0
+LOOK_S = 0.1  # a look folds every log, or asks the server
 SETTINGS = {"PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "1"}
 
 
@@ -76,7 +77,7 @@ class Scene:
         self.server = PrefectServer(folder / "prefect", settings=SETTINGS)
         self._serve()
         env = {**self.server.environment(), "PREFECT_HOME": str(folder / "client")}
-        self.place = Place(folder / "p", LONG, env=env)
+        self.place = Place(folder / "p", LASTING, env=env)
         self.store: Store = open_store(f"file://{self.place.folder / 'store'}")
         self.log = (folder / "schedule.log").open("ab")
         self.schedule: subprocess.Popen[bytes] | None = None
@@ -173,7 +174,7 @@ class Scene:
             self.keep_schedule()
             return self.going() is not None
 
-        wait_for(trains, "a run that trains", PATIENCE_S)
+        wait_for(trains, "a run that trains", PATIENCE_S, LOOK_S)
         time.sleep(rng.uniform(0.0, 1.5))
         run = self.going()
         how = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
@@ -219,7 +220,7 @@ class Scene:
             return ended is not None or self.driver_of(run) is not None
 
         try:
-            wait_for(driven, f"a driver of {run}", PATIENCE_S)
+            wait_for(driven, f"a driver of {run}", PATIENCE_S, LOOK_S)
         except AssertionError as error:
             self.campaign.found["orphans"].append(str(error))
         self.campaign.adopted_s.append(time.monotonic() - began)
@@ -251,7 +252,7 @@ class Scene:
                 ("Prefect shows it as going on", self.open_flow_runs),
             ):
                 try:
-                    wait_for(lambda left=left: not left(), what, PATIENCE_S)  # type: ignore[misc]
+                    wait_for(lambda left=left: not left(), what, PATIENCE_S, LOOK_S)  # type: ignore[misc]
                 except AssertionError:
                     found["orphans"] += [f"{what}: {one}" for one in left()]
         finally:
@@ -311,7 +312,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(Path(folder) / "undisturbed", LONG)
+        place = Place(Path(folder) / "undisturbed", LASTING)
         digest = str(place.train("parallel.stages=1")["state_digest"])
         campaign = run(asked.kills, asked.seed, Path(folder) / "scene", digest)
     print(report(campaign))

@@ -66,6 +66,8 @@ or two of each rank; what a driver sees, who looks each second or two, is not co
 
 LEARNT = SPEC.replace("width = 32", "width = 64").replace("sequence = 16", "sequence = 64")
 """For tests that read what a run has learnt, or has told at length: sixteen times the work of a step."""
+LASTING = LEARNT.replace(f"steps = {STEPS}", f"steps = {LONG_STEPS}")
+"""For those who strike at moments that nobody holds: seconds of training."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def test_each_firing_is_a_new_run(prefect: Api, hosted: Place, scheduling: list[
     hosted.hide_queue()
     process = hosted.start("schedule", "spec.toml", "--interval", "3", *sets)
     scheduling.append(process)
-    wait_for(lambda: len(of(prefect, "often", "COMPLETED")) >= 2 or process.poll() is not None, "two runs", 150)
+    wait_for(lambda: len(of(prefect, "often", "COMPLETED")) >= 2 or process.poll() is not None, "two runs", 150, 0.1)
     process.send_signal(signal.SIGINT)
     done = finish(process, 60)
     assert done.code == 0, done.out + done.err
@@ -48,7 +48,7 @@ def test_each_firing_is_a_new_run(prefect: Api, hosted: Place, scheduling: list[
     fires = re.findall(r"^  fires \w{3} (\S+ \S+) \+0000 \(UTC\)$", done.out, re.MULTILINE)
     assert len(fires) == 3  # the next ones
     for flow_run in completed:
-        wait_for(lambda f=flow_run: len(done_tasks(prefect, f)) == 3, "its task runs", 20)
+        wait_for(lambda f=flow_run: len(done_tasks(prefect, f)) == 3, "its task runs", 20, 0.1)
         assert sorted(done_tasks(prefect, flow_run)) == ["attempt 1", "compile plan", "prepare data"]
     assert not of(prefect, "often", "FAILED")
 
@@ -78,7 +78,7 @@ def test_overlap_is_skipped_an_outage_ends_nothing_and_ctrl_c_leaves_the_run_alo
 
     wait_for(lambda: any(log.glob("long-*/live/*/metrics/*")) or process.poll() is not None, "the first step", 120)
     before = len(skipped())
-    wait_for(lambda: len(skipped()) >= before + 2, "two more skipped firings", 60)
+    wait_for(lambda: len(skipped()) >= before + 2, "two more skipped firings", 60, 0.1)
     assert len(of(prefect, "long", "RUNNING")) == 1
     assert not of(prefect, "long", "COMPLETED", "FAILED", "CRASHED")
     (run,) = {path.parts[len(log.parts)] for path in log.glob("long-*/log/*")}
@@ -90,7 +90,7 @@ def test_overlap_is_skipped_an_outage_ends_nothing_and_ctrl_c_leaves_the_run_alo
     before = len(skipped())
     front.open()
     said += until(process, "Prefect is back")
-    wait_for(lambda: len(skipped()) > before, "a firing after the outage", 60)
+    wait_for(lambda: len(skipped()) > before, "a firing after the outage", 60, 0.1)
     (flow_run,) = of(prefect, "long", "RUNNING")
 
     process.send_signal(signal.SIGINT)
@@ -102,7 +102,9 @@ def test_overlap_is_skipped_an_outage_ends_nothing_and_ctrl_c_leaves_the_run_alo
     wait_for(lambda: newest(log / run) > last, "the gang to go on by itself", 60)
     assert any("hotstage-engine" in line for line in hosted.left().values())
     hosted.said("runs", "cancel", run)  # its driver is there, and tells Prefect
-    wait_for(lambda: prefect.flow_runs(id={"any_": [flow_run["id"]]})[0]["state_type"] == "CANCELLED", "its end", 60)
+    wait_for(
+        lambda: prefect.flow_runs(id={"any_": [flow_run["id"]]})[0]["state_type"] == "CANCELLED", "its end", 60, 0.1
+    )
     hosted.all_gone(30)
 
 
