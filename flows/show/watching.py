@@ -32,7 +32,8 @@ EVALUATIONS_EVERY = 5
 
 @dataclass(frozen=True)
 class RunRow:
-    """A run at one moment. ``quiet_s``: since its newest step, by this machine's clock; None before the first."""
+    """A run at one moment. ``quiet_s``: since its newest step was seen here (what was there at the first
+    look: by its node's clock); None before the first."""
 
     run: str
     state: str
@@ -62,6 +63,7 @@ class Watched:
     _state: RunState | None = None
     _steps: int = 0
     _line: dict[str, Any] | None = None
+    _since: float | None = None
     _scores: tuple[int, tuple[tuple[str, float], ...]] = (-1, ())
     _looks: int = 0
 
@@ -78,6 +80,7 @@ class Watched:
         for line in filter(None, map(step_line, self._metrics.poll(epochs))):
             if not any(line["epoch"] < later and line["step"] > first for later, first in back):
                 self._line = line
+                self._since = self.clock() if self._looks else line.get("time") or None  # nodes' clocks may be off
         if self._looks % EVALUATIONS_EVERY == 0:
             self._evaluated(state)
         self._looks += 1
@@ -94,11 +97,11 @@ class Watched:
         word, line = state_word(state), self._line
         steps = state.amendments.total(self._steps)
         newest = state.at_step()
-        quiet_s = None if line is None or not line.get("time") else max(0.0, self.clock() - line["time"])
-        if word == "open" and quiet_s is not None:
-            word = "training" if quiet_s < QUIET_S + 3 * line.get("step_us", 0.0) / 1e6 else "quiet"  # type: ignore[union-attr]
+        quiet_s = None if self._since is None else max(0.0, self.clock() - self._since)
         step = int(line["step"]) if line is not None else (newest.step if newest else 0)
         seconds = line.get("step_us", 0.0) / 1e6 if line is not None else 0.0
+        if word == "open" and quiet_s is not None:
+            word = "training" if quiet_s < QUIET_S + 3 * seconds else "quiet"
         return RunRow(
             run=self.run,
             state=word,

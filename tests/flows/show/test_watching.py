@@ -39,6 +39,9 @@ def test_a_run_from_its_beginning_to_its_end() -> None:
     assert row.left_s == (100 - 8) * 0.002
     now = 1e9 + 400
     assert (watched.look().state, watched.look().left_s) == ("quiet", None)
+    made.steps(9, 9)
+    row = watched.look()
+    assert (row.state, row.quiet_s) == ("training", 0.0)  # a node whose clock is minutes behind
     made.back_to(5)
     made.steps(6, 6)
     now = 1e9 + 7
@@ -118,6 +121,6 @@ def test_one_that_is_going_is_followed_to_its_end(tmp_path: Path) -> None:
         watch.say = before
     assert [line.split("  ")[1:3] for line in said] == [
         ["quiet", "step 3/100"],
-        ["quiet", "step 5/100"],
+        ["training", "step 5/100"],
         ["cancelled", "step 5/100"],
     ]
