@@ -59,9 +59,14 @@ backoff_s = 0.05
 
 
 LONG_STEPS = 4 * STEPS
-LONG = SPEC.replace(f"steps = {STEPS}", f"steps = {LONG_STEPS}")
-"""For tests that act while a run trains: a fast machine has 60 steps behind it before they do. A step is a millisecond
-or two of each rank; what a driver sees, who looks each second or two, is not counted on but waited for (``frozen``)."""
+LONG = (
+    SPEC.replace(f"steps = {STEPS}", f"steps = {LONG_STEPS}")
+    .replace("width = 32", "width = 64")
+    .replace("sequence = 16", "sequence = 32")
+)
+"""For tests that act while a run trains: a fast machine has 60 steps behind it before they do. Steps of some
+milliseconds, so that a watcher that waits for a processor does not miss a hundred of them; what a driver sees, who
+looks each second or two, is not counted on but waited for (``while_it_trains``, ``frozen``)."""
 
 
 LEARNT = SPEC.replace("width = 32", "width = 64").replace("sequence = 16", "sequence = 64")
