@@ -334,7 +334,7 @@ def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, 
 @pytest.mark.long_run
 def test_a_stop_that_could_not_save_says_so(place: Place, undisturbed: tuple[str, str]) -> None:
     run, digest = undisturbed
-    with mounted(place.folder / "small", "size=2m") as remount:
+    with mounted(place.folder / "small", "size=6m") as remount:
         place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
         process = place.start_train("checkpoint.commit_s=1")
         try:
