@@ -126,10 +126,9 @@ class Points(_Rows):
         at = bisect_left(self.n, n)
         return at if at < len(self.n) and self.n[at] == n else None
 
-    def rows_of(self, epoch: int, before: int | None = None) -> range:
-        """The rows of an attempt, up to the record ``before`` (without it). For valid checkpoints alone."""
-        low, high = bisect_left(self.epoch, epoch), bisect_right(self.epoch, epoch)
-        return range(low, high if before is None else bisect_left(self.n, before, low, high))
+    def rows_of(self, epoch: int) -> range:
+        """The rows of an attempt. For valid checkpoints alone."""
+        return range(bisect_left(self.epoch, epoch), bisect_right(self.epoch, epoch))
 
     def steps_of(self, epoch: int) -> Sequence[int]:
         """The steps that an attempt saved, in order of record. For valid checkpoints alone."""

@@ -140,10 +140,10 @@ class RunState:
         """What the next attempt may start from, best first; empty: only from scratch.
 
         First the checkpoints written after the newest attempt record, by step; then the one which that record names;
-        then, for when these are damaged, what came before that one on its own line (earlier ones of its epoch,
-        then the one that its attempt names, and so on). So a second crash right after a rollback goes back to the
-        rollback's point, and what the rollback left behind is never picked again. Where an order that no attempt
-        follows yet names a checkpoint, that one is first.
+        then, for when these are damaged, what came before that one on its own line (earlier steps of its epoch, in
+        whatever order they were recorded, then the one that its attempt names, and so on). So a second crash right
+        after a rollback goes back to the rollback's point, and what the rollback left behind is never picked again.
+        Where an order that no attempt follows yet names a checkpoint, that one is first.
         """
         numbers, damaged, buried = self.checkpoints.n, self.damaged, self.buried
         rows = self.lineage().rows
@@ -157,21 +157,22 @@ class RunState:
 
     def _line(self) -> Iterator[Sequence[int]]:
         """Rows of the lineage, best first, an attempt's together; an order that nobody follows yet says from where."""
-        points, attempt, before = self.checkpoints, self.newest_attempt, self.n + 1
+        points, attempt, steps = self.checkpoints, self.newest_attempt, self.checkpoints.step
+        end: int | None = None  # a step that is beyond the line
         if (start := self.start) is not None:
             row = None if start.checkpoint is None else points.row_of(start.checkpoint)
             if row is None:
                 return
             yield (row,)
-            attempt, before = self.attempt(points.epoch[row]), points.n[row]
+            attempt, end = self.attempt(points.epoch[row]), steps[row]
         while attempt is not None:
-            own = points.rows_of(attempt.n, before)
-            yield sorted(own, key=points.step.__getitem__, reverse=True)
+            own = points.rows_of(attempt.n)
+            yield sorted((r for r in own if end is None or steps[r] < end), key=steps.__getitem__, reverse=True)
             named = None if attempt.checkpoint is None else points.row_of(attempt.checkpoint)
             if named is None:
                 return
             yield (named,)
-            attempt, before = self.attempt(points.epoch[named]), points.n[named]
+            attempt, end = self.attempt(points.epoch[named]), steps[named]
 
     def upto(self, n: int) -> RunState:
         """Attempts, checkpoints and interventions up to record ``n``; what is no row of a record stays as it is now."""

@@ -53,6 +53,25 @@ def test_a_late_commit_of_an_earlier_step_does_not_pass_a_later_one() -> None:
     assert s.steps == [20, 10]
 
 
+def test_a_rollback_ends_the_line_at_its_step_in_whatever_order_steps_were_recorded() -> None:
+    """A step that was committed late was followed by all that had been committed before it: an order back to it had the
+    driver end a run whose new last step one of those had reached."""
+    s = Story()
+    s.attempt()
+    four = s.save(4)
+    s.save(240)
+    eight, six = s.save(8), s.save(6)
+    body = {"kind": "order", "how": {}, "by": "me", "via": "runs order", "checkpoint": eight, "step": 8}
+    s.state = s.log.append("intervention", body, s.state)
+    assert s.steps == [8, 6, 4]
+    s.attempt(eight)
+    assert s.steps == [8, 6, 4]
+    s.attempt(six)
+    assert s.steps == [6, 4]
+    s.attempt(four)
+    assert s.steps == [4]
+
+
 def test_a_second_crash_right_after_a_rollback_goes_back_to_the_rollbacks_point() -> None:
     s = Story()
     s.attempt()
