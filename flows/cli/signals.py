@@ -27,7 +27,6 @@ from flows.cli import terminal
 T = TypeVar("T")
 
 EXIT_STOPPED = 85
-EXIT_HUNG_UP = 128 + signal.SIGHUP
 SECOND_S = 1.0
 _LOOK_S = 0.1
 _STOPPING = "stopping: the gang saves one agreed step and leaves"
@@ -96,6 +95,8 @@ class Signals:
             elif seen and not self.stop.is_set() and time.monotonic() - first_at >= SECOND_S:
                 self.stop.set()
         if errors:  # of a closed terminal: it could not say what it did any more
+            if isinstance(errors[0], terminal.OutputLost) and errors[0].exit_code == terminal.HUNG_UP:
+                self._asked.append(signal.SIGHUP)
             self._leave_where_it_ends()
         for number in heard():
             signal.signal(number, signal.SIG_IGN)  # it is over: what is to be said is said whole
@@ -108,7 +109,7 @@ class Signals:
         with self._lock:
             driving = self._driving
         if signal.SIGHUP in self._asked:
-            leave(EXIT_HUNG_UP, f"the terminal closed: {self._goes_on() if driving else _PREPARING}", self.say)
+            leave(terminal.HUNG_UP, f"the terminal closed: {self._goes_on() if driving else _PREPARING}", self.say)
         if not driving and self._asked:
             leave(EXIT_STOPPED, _PREPARING, self.say)
 
@@ -148,4 +149,4 @@ def leave(code: int, text: str, say: Callable[[str], None]) -> None:
         say(text)
     atexit._run_exitfuncs()
     finished = terminal.finish(code)
-    os._exit(code if code == EXIT_HUNG_UP else finished)
+    os._exit(code if code == terminal.HUNG_UP else finished)

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import stat
 import sys
 import threading
@@ -31,17 +32,18 @@ _PLAIN = {
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 """Names of files may hold them; line ends and tabs are ours."""
 PIPE_CLOSED = 141
+HUNG_UP = 128 + signal.SIGHUP
 
 
 class OutputLost(TrainerError):
-    """Standard output cannot be written any more."""
+    """Standard output cannot be written any more. ``gone``: nobody is there who would read it."""
 
     def __init__(self, error: OSError) -> None:
-        gone = error.errno in (errno.EPIPE, errno.EBADF) or (error.errno == errno.EIO and _is_device())
-        self.exit_code = PIPE_CLOSED if gone else 78
-        super().__init__(
-            "" if gone else f"standard output cannot be written: {error.strerror}; free space, or write it elsewhere"
-        )
+        closed = error.errno == errno.EIO and _is_device()  # a terminal: its SIGHUP comes a moment later
+        self.gone = closed or error.errno in (errno.EPIPE, errno.EBADF)
+        self.exit_code = HUNG_UP if closed else PIPE_CLOSED if self.gone else 78
+        text = f"standard output cannot be written: {error.strerror}; free space, or write it elsewhere"
+        super().__init__("" if self.gone else text)
 
 
 class _Out(io.FileIO):
@@ -54,7 +56,7 @@ class _Out(io.FileIO):
             raise
         except OSError as error:
             found = OutputLost(error)
-            if not _work.goes_on or found.exit_code == PIPE_CLOSED:
+            if not _work.goes_on or found.gone:
                 raise found from error
             first, _work.lost = _work.lost is None, found
             if first and self.fileno() == 1:

@@ -234,7 +234,7 @@ LLAMA = (
 
 
 def test_bf16_and_an_untied_head_through_a_kill_and_another_number_of_stages(place: Place, tmp_path: Path) -> None:
-    plain = Place(tmp_path / "plain")
+    plain = Place(tmp_path / "plain", LONG)
     try:
         told = plain.train(*LLAMA, "parallel.stages=1")
     finally:

@@ -49,20 +49,22 @@ def copy(tmp_path: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -
 def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path) -> None:
     """One row of the list; and what lies beside the names of runs is none."""
     store, run = tmp_path / "store", copy.run
-    for other, broken in (("no-spec-aaaaaa", "spec"), ("no-log-bbbbbb", f"log/{1:020}")):
-        shutil.copytree(store / "runs" / run, store / "runs" / other)
-        (store / "runs" / other / broken).unlink()
-        shutil.copy(store / "index" / run, store / "index" / other)
-    (store / "runs" / "no-log-bbbbbb" / f"log/{1:020}").write_bytes(b"no record")
-    shutil.copy(store / "index" / run, store / "index" / f"{run}_copy")
 
     def rows(*more: str) -> dict[str, tuple[str, int]]:
         code, said, _ = outcome(["runs", "ls", "--json", "--store", copy.url, *more])
         assert code == 0
         return {row["run"]: (row["state"], row["steps"]) for row in json.loads(said)}
 
+    before = rows()  # other tests have runs there too
+    assert before[run] == ("succeeded", STEPS)
+    for other, broken in (("no-spec-aaaaaa", "spec"), ("no-log-bbbbbb", f"log/{1:020}")):
+        shutil.copytree(store / "runs" / run, store / "runs" / other)
+        (store / "runs" / other / broken).unlink()
+        shutil.copy(store / "index" / run, store / "index" / other)
+    (store / "runs" / "no-log-bbbbbb" / f"log/{1:020}").write_bytes(b"no record")
+    shutil.copy(store / "index" / run, store / "index" / f"{run}_copy")
     unreadable = {"no-log-bbbbbb": ("unreadable", STEPS)}
-    assert rows() == {run: ("succeeded", STEPS), "no-spec-aaaaaa": ("succeeded", 0), **unreadable}
+    assert rows() == {**before, "no-spec-aaaaaa": ("succeeded", 0), **unreadable}
     assert rows("--state", "unreadable") == unreadable
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +63,16 @@ def test_a_reader_that_has_gone(arguments: list[str]) -> None:
     finally:
         os.close(theirs)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_terminal_that_closes_ends_as_its_signal_says_also_where_a_write_meets_that_first() -> None:
+    ours, theirs = os.openpty()
+    os.close(ours)
+    try:
+        done = run("schema", stdout=theirs)
+    finally:
+        os.close(theirs)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGHUP, b"")
 
 
 def test_controls_of_a_terminal_are_written_out() -> None:
@@ -169,24 +179,16 @@ def test_a_full_disk_ends_nothing_that_is_driven(monkeypatch: pytest.MonkeyPatch
     """Its lines are lost, and the exit code says so. A reader that has gone is news."""
     monkeypatch.setattr(terminal, "_work", terminal._Work())
 
-    def write(stream: terminal._Out) -> None:
-        buffered = io.BufferedWriter(stream)
-        try:
-            buffered.write(b"a line\n")
-            buffered.flush()
-        finally:
-            buffered.detach()
-
     reader, writer = os.pipe()
     os.close(reader)
     with terminal._Out("/dev/full", "wb") as full, terminal._Out(writer, "wb") as closed:
         with pytest.raises(terminal.OutputLost, match="No space left"):
-            write(full)
+            full.write(b"a line\n")
         with signals_kept():
             Signals(lambda _: None).driving(detaches=False)
         assert terminal.finish(0) == 0
         for _ in range(2):
-            write(full)
+            assert full.write(b"a line\n") == 7
         assert (terminal.finish(0), terminal.finish(85)) == (78, 85)
         with pytest.raises(terminal.OutputLost):
-            write(closed)
+            closed.write(b"a line\n")
