@@ -166,8 +166,8 @@ class RunState:
             yield (row,)
             attempt, end = self.attempt(points.epoch[row]), steps[row]
         while attempt is not None:
-            own = points.rows_of(attempt.n)
-            yield sorted((r for r in own if end is None or steps[r] < end), key=steps.__getitem__, reverse=True)
+            own = sorted(points.rows_of(attempt.n), key=steps.__getitem__)
+            yield own[: None if end is None else bisect_left(own, end, key=steps.__getitem__)][::-1]
             named = None if attempt.checkpoint is None else points.row_of(attempt.checkpoint)
             if named is None:
                 return
