@@ -216,4 +216,5 @@ def test_a_terminal_that_closes_takes_its_command_and_not_the_run(
         assert first.process.poll() is None
         assert first.close() == 128 + signal.SIGHUP
     result = place.train()
-    assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest)
+    found = (result["outcome"], result["attempts"], result["state_digest"])
+    assert found == ("succeeded", 1, digest), place.said("runs", "show", run)
