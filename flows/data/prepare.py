@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import logging
 import sys
@@ -64,6 +65,7 @@ from trainer.spec_fields import shown
 log = logging.getLogger(__name__)
 
 _MANY_UNKNOWN = 0.01  # share of unknown tokens that is worth a word
+_PREPARATIONS = itertools.count()  # of this process: what is kept of one is never taken for another's
 _SETTLED_S = 2.0
 """A file that changed less than that ago may change again without another time: it is not known by its looks."""
 _NO_INPUT = ("tokenizer", "piece_mib", "shuffled", "block", "window", "packing", "cache_gib", "mix")
@@ -177,8 +179,9 @@ class _Preparation:
         # a kill loses one piece at most: where there is one alone, nothing need be kept
         store = self.store if len(pieces) > 1 else open_store("memory:")
         runner: Runner = self.runner if len(pieces) > 1 else InTurn()
-        url = store.url if runner.remote else f"{store.url} {id(self)} work"
-        self.into = self.store.url if runner.remote else f"{self.store.url} {id(self)} into"
+        mine = next(_PREPARATIONS)
+        url = store.url if runner.remote else f"{store.url} {mine} work"
+        self.into = self.store.url if runner.remote else f"{self.store.url} {mine} into"
         hold_store(store, url)
         hold_store(self.store, self.into)
         try:
