@@ -92,6 +92,7 @@ def started(home: Path, database: str = "") -> PrefectServer:
     if database:
         settings["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
     server = PrefectServer(home, settings=settings)
+    home.mkdir(parents=True, exist_ok=True)
     (home / "queue.py").write_text("")  # what lies where a person works is no module of a server's
     with contextlib.chdir(home):
         server.start()
