@@ -23,7 +23,7 @@ from tests.e2e.golden_runs import GRADIENT, LOSS, WEIGHTS, model_of, spec_of, wo
 from tests.e2e.layout_runs import assert_equal_runs
 from tests.reference.golden import Golden
 from tests.reference.model import train as train_reference
-from tests.support.place import SPEC, Place
+from tests.support.place import LEARNT, Place
 from trainer.plan.compile import compile_plan
 from trainer.spec import parse_spec, what_digest
 
@@ -143,7 +143,7 @@ def test_a_run_of_prompts_and_answers(tmp_path: Path) -> None:
     have its bits; it has learnt something of what counts."""
     ends = {}
     for name, sets in (("one", ()), ("many", ("parallel.stages=2", "parallel.replicas=2", "data.cache_gib=0.001"))):
-        place = Place(tmp_path / name, SPEC.replace("stages = 2\n", ""))
+        place = Place(tmp_path / name, LEARNT.replace("stages = 2\n", ""))
         chats = [{"q": f"what is {n} and {n}? " * (1 + n % 3), "a": f"{n} and {n} is {2 * n}."} for n in range(400)]
         (place.folder / "corpus" / "a.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
         data = ("source=jsonl:corpus/*.jsonl", "prompt_field=q", "field=a", "validation=0.1")
@@ -159,4 +159,4 @@ def test_a_run_of_prompts_and_answers(tmp_path: Path) -> None:
     known = load_evaluations(store, ends["many"]["run"])
     newest = known.rows[max(known.rows)]
     assert newest.loss is not None
-    assert newest.loss < math.log(300) - 0.5  # that of a guess, for the vocabulary of SPEC
+    assert newest.loss < math.log(300) - 0.5  # that of a guess, for the vocabulary of LEARNT
