@@ -70,7 +70,7 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
         if name != os.path.basename(name) or name.startswith("."):
             raise NoWeights(f"{index}: {name[:80]!r} is no file of this folder")
         if not os.path.isfile(folder / name):  # also what no file's name can be
-            raise NoWeights(f"{index} names {name[:80]}, which is {_gone(folder / name)}: fetch it again")
+            raise NoWeights(f"{index} names {name[:80]}, which is {gone(folder / name)}: fetch it again")
         for tensor in read_file(folder / name).values():
             if where.get(tensor.name) == name:
                 found[tensor.name] = tensor
@@ -80,8 +80,8 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
     return found
 
 
-def _gone(path: Path) -> str:
-    """Where a file is not."""
+def gone(path: Path) -> str:
+    """Where a file is not, which is missing."""
     return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else "not in its folder"
 
 
@@ -112,7 +112,7 @@ def instead(folder: Path) -> str:
         return f"{adapter} is an adapter, not a model; merge it into its model first (peft's merge_and_unload)"
     for name in there:
         if name.endswith((".safetensors", ".json")) and not (folder / name).exists():
-            return f"{name} is {_gone(folder / name)}; download it again"
+            return f"{name} is {gone(folder / name)}; download it again"
         if name in (WEIGHTS, INDEX):
             return f"{name} is no file; download it again"
     for what, ending, mend in _OTHERS:

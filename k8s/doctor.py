@@ -17,7 +17,7 @@ from k8s.errors import ApiUnavailable, Missing, NotAllowed, Unauthenticated
 from k8s.labels import AGENT, ENGINE
 from k8s.named import Named, named_by
 from k8s.quantity import amount, spelled
-from k8s.quota import of_pod, quota_problems, range_problems, uses
+from k8s.quota import of_pod, quota_problems, range_problems, taken, uses
 from k8s.render import CUDA_IMAGE, DEFAULT_IMAGE, FABRIC_MEND
 from k8s.version import MEND, OLDEST, too_old
 from trainer.errors import LaunchError
@@ -338,9 +338,7 @@ def _holds(value: str | None, rule: Json) -> bool:
         except (ValueError, IndexError):
             return False
         return number > bound if operator == "Gt" else number < bound
-    if operator in ("In", "NotIn"):
-        return (value in values) is (operator == "In")
-    return (value is not None) is (operator == "Exists")
+    return taken(value, operator, values)
 
 
 def _tolerates(tolerations: Sequence[Mapping[str, Any]], taint: Mapping[str, Any]) -> bool:

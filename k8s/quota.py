@@ -8,7 +8,7 @@ memory, and counts the pods one after the other (``pkg/quota/v1/evaluator/core``
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -230,21 +230,24 @@ def _in_scope(scope: Json, pod: Mapping[str, Any], use: PodUse) -> bool:
     name, operator, values = scope["scopeName"], scope.get("operator", "Exists"), scope.get("values") or ()
     deadline = pod.get("activeDeadlineSeconds")
     best_effort = not any(side.get(key) for side in (use.requests, use.limits) for key in ("cpu", "memory"))
-    priority = pod.get("priorityClassName") or ""
-    by_priority = {
-        "Exists": bool(priority),
-        "DoesNotExist": not priority,
-        "In": priority in values,
-        "NotIn": priority not in values,
-    }
     return {
         "Terminating": deadline is not None,
         "NotTerminating": deadline is None,
         "BestEffort": best_effort,
         "NotBestEffort": not best_effort,
-        "PriorityClass": by_priority.get(operator, False),
+        "PriorityClass": taken(pod.get("priorityClassName") or None, operator, values),
         "CrossNamespacePodAffinity": _across(pod),
     }.get(name, False)
+
+
+def taken(value: str | None, operator: str, values: Collection[str]) -> bool:
+    """Whether a requirement of Kubernetes' selectors takes a value (None: there is none)."""
+    return {
+        "Exists": value is not None,
+        "DoesNotExist": value is None,
+        "In": value in values,
+        "NotIn": value not in values,
+    }.get(operator, False)
 
 
 def _across(pod: Mapping[str, Any]) -> bool:

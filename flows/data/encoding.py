@@ -132,7 +132,6 @@ def encode_piece(task: Task) -> dict[str, Any]:
 def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[list[_Block]]) -> dict[str, Any]:
     work, name = task.job.work, piece_name(task.piece.number, number)
     out = {TRAIN: bytearray(), HELD: bytearray()}
-    unknown = None if encoder.given is None else encoder.given.unknown
     mask = mask_of(encoder.kind.itemsize)
     row: dict[str, Any] = {"v": 1, "texts": 0, "unknown": 0, "letters": 0}
     for batch in batches:
@@ -142,8 +141,8 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
         for block, encoded in zip(blocks, encode(encoder.given, encoder.tokenizer, texts), strict=True):
             ids = encoded.ids
             row["texts"] += len(ids)
-            row["unknown"] += 0 if unknown is None else ids.count(unknown)
-            row["letters"] += encoded.unknown
+            row["unknown"] += encoded.unknown
+            row["letters"] += encoded.letters
             flat[block.verdict] += ids if block.counts else [token | mask for token in ids]
             if encoder.eot is not None and block.ends:
                 flat[block.verdict].append(encoder.eot)

@@ -61,7 +61,7 @@ _MARK = "\u2581"
 """What stands for a blank in tokens of SentencePiece's kind."""
 _BYTES = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
 """Those that UTF-8 has."""
-_NO_BYTES = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+_NO_BYTES = {chr(byte) for byte in range(256) if byte not in _BYTES}
 """The letters that stand for the others, in tokens of bytes."""
 
 
@@ -401,10 +401,11 @@ def of_library(what: str, mend: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """``unknown``: characters that the tokenizer's unknown token stands for."""
+    """``unknown``: how often the tokenizer's unknown token stands in it; ``letters``: for how many characters."""
 
     ids: list[int]
-    unknown: int = 0
+    unknown: int
+    letters: int
 
 
 def encode(given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Document]) -> list[EncodedText]:
@@ -431,19 +432,19 @@ def encode(given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Do
                     f"{dropping.what} cannot encode {doc.name}: it has no unknown token and leaves out "
                     f"{sum(lost.values())} character(s) of it, {count} of them {letter!r}{name}; {mend}"
                 )
-    return [
-        _encoded(given, tokenizer, *pair) for pair in zip(docs, (encoding.ids for encoding in encodings), strict=True)
-    ]
+    return [_encoded(given, doc.text, encoding.ids) for doc, encoding in zip(docs, encodings, strict=True)]
 
 
-def _encoded(given: GivenTokenizer | None, tokenizer: Tokenizer, doc: Document, ids: list[int]) -> EncodedText:
-    unknown = 0 if given is None or given.unknown is None else ids.count(given.unknown)
-    if unknown and given is not None and given.joins:  # how much of the text that is only the offsets say
-        found = tokenizer.encode(doc.text, add_special_tokens=False)
-        unknown = sum(
+def _encoded(given: GivenTokenizer | None, text: str, ids: list[int]) -> EncodedText:
+    if given is None or given.unknown is None:
+        return EncodedText(ids, 0, 0)
+    unknown = letters = ids.count(given.unknown)
+    if unknown and given.joins:  # how much of the text that is only the offsets say
+        found = given.tokenizer.encode(text, add_special_tokens=False)
+        letters = sum(
             end - begin for token, (begin, end) in zip(ids, found.offsets, strict=True) if token == given.unknown
         )
-    return EncodedText(ids, unknown)
+    return EncodedText(ids, unknown, letters)
 
 
 @functools.lru_cache(maxsize=1)
@@ -456,7 +457,7 @@ def unseen(tokenizer: Tokenizer, text: str) -> tuple[list[str], int]:
     given = _of_dataset(tokenizer)
     found = tokenizer.encode(text, add_special_tokens=False)
     lost = list(_dropped(given, text, found.offsets)) if given.drops else []
-    return lost, _encoded(given, tokenizer, Document("", text), found.ids).unknown
+    return lost, _encoded(given, text, found.ids).letters
 
 
 def _dropped(given: GivenTokenizer, text: str, offsets: list[tuple[int, int]]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from checkpoint.safetensors import gone
 from checkpoint.store import Store
 from flows.data import load_dataset, load_tokenizer, may_end, parse_tokenizer, vocab_of
 from flows.drive.run import find_run, load_what
@@ -63,8 +64,7 @@ def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
         folder = folder_of_init(rest)
         found = folder_tokenizer(folder)
         if found is None and (folder / TOKENIZER).is_symlink():
-            gone = os.readlink(folder / TOKENIZER)
-            raise DatasetError(f"{folder / TOKENIZER} is a link to {gone}, which is not there; download it again")
+            raise DatasetError(f"{folder / TOKENIZER} is {gone(folder / TOKENIZER)}; download it again")
         if found is None:
             raise DatasetError(
                 f"{folder} has no {TOKENIZER}, and weights are of no use without the tokenizer that they were made "

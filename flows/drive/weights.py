@@ -301,9 +301,8 @@ def _mend_of_names(table: Sequence[HfTensor], named: Mapping[str, FileTensor]) -
             "they are turned over, [out, in]; Hugging Face's GPT-2 has [in, out]: transpose every matrix of the layers"
         )
     missing, others = [name for name in wanted if name not in named], [n for n in named if n not in wanted]
-    first = next((name for name in missing for other in others if other.endswith(f".{name}")), None)
-    if first is not None:
-        before = next(other for other in others if other.endswith(f".{first}")).removesuffix(first)
+    before = next((o.removesuffix(name) for name in missing for o in others if o.endswith(f".{name}")), None)
+    if before is not None:
         if before.startswith("base_model.") or any(".lora_" in name for name in others):
             return f"names begin with {before!r}: an adapter is beside them, merge it (peft's merge_and_unload)"
         return f"names begin with {before!r}: write them without it (save_pretrained of the model inside)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -198,17 +197,17 @@ def bytes_of(*, without: str, typed: bool = True) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("without", "typed", "lost"),
+    ("without", "typed", "letter", "lost"),
     [
-        ("\u010a", True, r"2 character\(s\) of it, 2 of them '\\n';"),
-        ("\u00c3", True, r"1 character\(s\) of it, 1 of them 'é' \(LATIN"),
-        ("\u0120", False, r"3 character\(s\) of it, 3 of them ' '"),
-        ("\u00c0\u00ff", True, None),
+        ("\u010a", True, "\n", r"2 character\(s\) of it, 2 of them '\\n';"),
+        ("\u00c3", True, "é", r"1 character\(s\) of it, 1 of them 'é' \(LATIN"),
+        ("\u0120", False, " ", r"3 character\(s\) of it, 3 of them ' '"),
+        ("\u00c0\u00ff", True, "", None),
     ],
     ids=["a line's end", "half a character", "an old file", "what UTF-8 lacks"],
 )
 def test_bytes_that_a_tokenizer_leaves_out(
-    here: Path, store: Store, without: str, typed: bool, lost: str | None
+    here: Path, store: Store, without: str, typed: bool, letter: str, lost: str | None
 ) -> None:
     """Real ones lack some: trained line by line, or without the alphabet of bytes."""
     (here / "1.txt").write_text("a © é b\nc\n")
@@ -217,7 +216,7 @@ def test_bytes_that_a_tokenizer_leaves_out(
         assert load_tokenizer(store, dataset).decode(tokens(store, dataset)[:12]) == "a © é b\nc\n"
         return
     tokenizer = Tokenizer.from_str(json.dumps(bytes_of(without=without)))
-    assert unseen(tokenizer, "a © é b\nc d\n") == ([re.search("'(.*)'", lost)[1].replace("\\\\n", "\n")], 0)  # type: ignore[index]
+    assert unseen(tokenizer, "a © é b\nc d\n") == ([letter], 0)
     with pytest.raises(DatasetError, match=r"cannot encode 1.txt: it has no unknown token and leaves out " + lost):
         given(bytes_of(without=without, typed=typed), store)
 
