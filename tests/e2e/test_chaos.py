@@ -117,10 +117,11 @@ def test_a_bit_that_flips_in_memory_is_found_and_the_store_has_the_state(
     run, digest = undisturbed
     process, work = place.start_train(*CADENCES, "checkpoint.slots=3"), place.folder / "out"
     manifests = place.run_folder(run) / "manifests"
-    # nothing stands still: memory is to be ahead of the store
-    wait_for(lambda: any(manifests.glob("*/manifest")) and (rank_step(work, 0) or 0) >= 20, "step 20 and a checkpoint")
+    while_it_trains(
+        work, lambda: any(manifests.glob("*/manifest")) and (rank_step(work, 0) or 0) >= 20, "step 20 and a checkpoint"
+    )
     spoiled: list[int] = []
-    kill_between_attempts(work, 1, lambda: spoiled.append(spoil_slots(work)))
+    kill_between_attempts(work, 1, lambda: spoiled.append(spoil_slots(work)), ahead=8)
     result = finish(process)
     assert result.code == 0, result.err
     told = result.json()

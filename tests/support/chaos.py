@@ -118,17 +118,9 @@ def standing_still(work: Path, due: Callable[[], bool]) -> Iterator[None]:
 
 
 def while_it_trains(work: Path, look: Callable[[], T | None], what: str, seconds: float = 60) -> T:
-    """`wait_for`, of a gang below the folder that does not end meanwhile: its rank 0 stands still now and then."""
-    held = Held(work, 0)
-
-    def looked() -> T | None:
-        held.look()
-        return look()
-
-    try:
-        return wait_for(looked, what, seconds)
-    finally:
-        held.release()
+    """`wait_for`, of a gang below the folder that does not end meanwhile."""
+    with standing_still(work, lambda: True):
+        return wait_for(look, what, seconds)
 
 
 def hurried(work: Path, look: Callable[[], T]) -> T:
@@ -193,13 +185,17 @@ def spoil_slots(work: Path) -> int:
     return len(spoiled)
 
 
-def kill_between_attempts(work: Path, rank: int, during: Callable[[], None]) -> None:
-    """SIGKILL of a rank; ``during`` runs when no rank is left, before the agent hears of it."""
+def kill_between_attempts(work: Path, rank: int, during: Callable[[], None], *, ahead: int = 0) -> None:
+    """SIGKILL of a rank; ``during`` runs when no rank is left, before the agent hears of it. ``ahead``: steps that the
+    gang does meanwhile, whose snapshots are in memory alone.
+    """
     agent, pid = _of_kind(work, "agent"), _rank_pid(work, rank)
     assert agent is not None, "no agent runs"
     assert pid is not None, f"rank {rank} does not run"
     os.kill(agent, signal.SIGSTOP)
     try:
+        end = (step_of(pid) or 0) + ahead
+        wait_for(lambda: (step_of(pid) or 0) >= end, f"step {end}", 30)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not any(args[1:2] == ["rank"] for _, args in pids_below(work)), "the ranks to end", 30)
         during()
