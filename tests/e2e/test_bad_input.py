@@ -23,7 +23,8 @@ from checkpoint.codec import pack
 from checkpoint.store import open_store
 from tests.support.answers import DATA, LOST, REFUSED, STOPPED, refused, resumed, stopped_after
 from tests.support.hostile_s3 import hostile_s3
-from tests.support.place import STEPS, Done, Place, finish
+from tests.support.place import LEARNT, STEPS, Done, Place, finish
+from tests.support.undisturbed import undisturbed_run
 from tests.support.wait import wait_for
 from trainer.dataset import write_shard
 
@@ -353,10 +354,14 @@ def test_a_stop_that_could_not_save_says_so(place: Place, undisturbed: tuple[str
 
 
 @pytest.mark.slow
-def test_a_store_that_stays_full(place: Place, undisturbed: tuple[str, str]) -> None:
-    """The last state cannot be saved: that is no success, and it says so. With room again the run goes on."""
-    run, digest = undisturbed
-    with mounted(place.folder / "small", "size=2m") as remount:
+def test_a_store_that_stays_full(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The last state cannot be saved: that is no success, and it says so. With room again the run goes on.
+
+    Its chunks are larger than what a checkpoint leaves of the store: records of the log have room there to the end.
+    """
+    _, run, digest = undisturbed_run(tmp_path_factory, LEARNT)
+    place = Place(tmp_path / "p", LEARNT)
+    with mounted(place.folder / "small", "size=6m") as remount:
         place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
         try:
             done = train(place, "checkpoint.commit_s=0.3", "recovery.backoff_max_s=0.05")
