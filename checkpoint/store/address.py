@@ -32,6 +32,11 @@ def address(text: str) -> str:
     """
     if not text.strip():
         raise StoreRefused("the store's address is empty: give a folder, file:///… or s3://…, or leave --store out")
+    if text.endswith(("\n", "\r")):
+        raise StoreRefused(
+            f"store {text.rpartition('@')[2]!r} ends with a line's end, as what is read from a file or a Secret may: "
+            "take it out (a folder whose name really ends so is file:///…%0A)"
+        )
     if _URL.match(text):
         return text
     if "\0" in text:

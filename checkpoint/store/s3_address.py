@@ -34,6 +34,11 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
             "AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead (and change them: addresses end up in logs)"
         )
     shown = f"s3://{parts.netloc}{parts.path}"
+    if parts.netloc.startswith("arn:"):
+        raise StoreRefused(
+            f"store {shown}: a bucket is said by its name, an access point by its alias (which ends with -s3alias), "
+            "not by an ARN: write s3://NAME/prefix"
+        )
     if re.fullmatch(r".+:\d+", parts.netloc):
         raise StoreRefused(
             f"store {shown}: {parts.netloc} is a server's name and port, not a bucket's: write "

@@ -110,8 +110,10 @@ _RETRY_CODES = {
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
-_FULL = re.compile(r"quota|StorageFull|InsufficientStorage|storage cap exceeded", re.IGNORECASE)
+_FULL = re.compile(r"quota|StorageFull|InsufficientStorage", re.IGNORECASE)
 """In the code or the words of a store that takes no more: 400, 403, 409 and 507 say it, each maker in its own way."""
+_CAP = re.compile(r"\bcap exceeded", re.IGNORECASE)
+"""In the words of one that is paid by the day: of what it keeps, of requests or of what is read."""
 _HEADER = re.compile(r"(unsupported|not supported|not implemented).*header|header .*not (supported|implemented)", re.I)
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
 _OF_PROXIES = 520
@@ -123,22 +125,34 @@ _SIZE = (
     "client_max_body_size)"
 )
 _OTHER = "check the address, the rights and what the server supports"
+_LACKS = "the server lacks what hotstage needs (conditional writes, with a SHA-256): use another one"
+_KMS_KEY = (
+    "it is about the KMS key that encrypts the object (?kms_key=…, or the bucket's): it must be there and enabled, and "
+    "this identity needs kms:GenerateDataKey and kms:Decrypt, by its policy and by the key's"
+)
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",
     "AccessDenied": _RIGHTS,
     "400": "what answers did not understand the request: is the endpoint to begin with https://, and is it one of S3?",
+    "407": "the proxy on the way wants a login: name and password belong to HTTP_PROXY or HTTPS_PROXY",
     "413": _SIZE,
+    "417": "a proxy on the way takes no `Expect: 100-continue`, which comes with large objects: name the server in "
+    "NO_PROXY",
+    "501": _LACKS,
     "EntityTooLarge": _SIZE,
     "403": f"check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; {_RIGHTS}",
     "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and the endpoint",
     "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
     "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off: set it",
-    "NotImplemented": "the server lacks what hotstage needs (conditional writes, with a SHA-256): use another one",
+    "InvalidObjectState": "the object was moved into an archive: restore it (aws s3api restore-object), and let no "
+    "lifecycle rule touch what is below the store's prefix",
+    "NotImplemented": _LACKS,
     "InvalidToken": "the session token does not belong to the access key: check AWS_SESSION_TOKEN",
     "PermanentRedirect": _REGION,
     "TemporaryRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
     "IllegalLocationConstraintException": _REGION,
+    "IncorrectEndpoint": _REGION,
     "301": _REGION,
     "302": "the endpoint sends its callers elsewhere: is it a login page or a web console? Check the endpoint",
     "307": _REGION,
@@ -237,16 +251,17 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
             return CredentialsExpired(said)
         if code in _UNKNOWN_CODES:
             return CredentialsRefused(f"{said}: {_MEND.get(code, 'check the credentials')}")
-        if error.operation_name.startswith(("Put", "Upload", "Create", "Complete")) and (
-            _FULL.search(code) or _FULL.search(text)
-        ):
+        writes = error.operation_name.startswith(("Put", "Upload", "Create", "Complete"))
+        if _CAP.search(text) or (writes and (_FULL.search(code) or _FULL.search(text))):
             return StoreUnavailable(
-                f"{said}: the store is full or over its quota; nothing that was there is lost: free space, or raise "
-                "the quota, and it goes on"
+                f"{said}: the store is full, or over its quota or cap; nothing that was there is lost: free space, or "
+                "raise the limit, and it goes on"
             )
         if code in _RETRY_CODES or ((status in _RETRY_STATUS or status >= _OF_PROXIES) and code not in _MEND):
             return StoreUnavailable(said)
-        mend = _MEND["NotImplemented"] if _HEADER.search(text) else _MEND.get(code, _OTHER)
+        mend = _LACKS if _HEADER.search(text) else _MEND.get(code, _OTHER)
+        if code.startswith("KMS.") or "kms:" in text:
+            mend = _KMS_KEY
         return StoreRefused(f"{said}: {mend}")
     if (refused := _unsent(error, what, store)) is not None:
         return refused

@@ -27,6 +27,9 @@ from checkpoint.store.s3_bodies import hand_over
 logger = logging.getLogger(__name__)
 
 
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN")
+
+
 class S3Session:
     """``client`` is what asks; another one after a ``renew``. ``url``: the store's, for people. Thread-safe.
 
@@ -90,8 +93,8 @@ class S3Session:
             self._renewed_at = now
             try:
                 client, session = self._open()
-                found = _frozen(session)
-                if not found or found == _frozen(self._found):
+                found = _frozen(client)
+                if not found or found == _frozen(failed):
                     return False
             except (StoreError, *FOREIGN) as error:
                 logger.warning("%s: looking for newer credentials: %s: %s", self._url, type(error).__name__, error)
@@ -108,6 +111,11 @@ class S3Session:
             profile = self._found.profile_name
         except FOREIGN:
             method, profile = "", "default"
+        if method == "env" and (odd := [n for n in _SECRETS if (said := os.environ.get(n, "")) != said.strip()]):
+            return (
+                f"{odd[0]} in this process's environment begins or ends with a blank or a line's end, which belongs to "
+                "no key: take it out (a Secret made with `echo` has one: use `kubectl create secret --from-literal`)"
+            )
         if method == "env":
             names = [n for n in ("AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN") if os.environ.get(n)]
             return (
@@ -133,7 +141,8 @@ def _unanswered(error: BaseException) -> bool:
     return isinstance(error, metadata) or isinstance(error.__context__, metadata)
 
 
-def _frozen(session: Any) -> tuple[Any, ...]:
-    """A session's credentials as they are now, to compare."""
-    found = session.get_credentials()
+def _frozen(client: Any) -> tuple[Any, ...]:
+    """What a client signs with now, to compare; nothing where it was made without credentials: it has none for good,
+    whatever its session would find later."""
+    found = client._get_credentials()
     return () if found is None else tuple(found.get_frozen_credentials())

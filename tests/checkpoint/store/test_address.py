@@ -155,6 +155,7 @@ def test_a_url_is_decoded(url: str, folder: str) -> None:
             "s3://minio:9000/bkt/p",
             "a server's name and port, not a bucket's: write s3://bkt/p?endpoint=http://minio:9000",
         ),
+        ("s3://arn:aws:s3:us-east-1:123456789012:accesspoint/mine/p", "an access point by its alias"),
         ("s3://fast--use1-az4--x-s3/p", "is a directory bucket: its listings have no order"),
         ("http://h/x", "schemes are"),
     ],
@@ -200,6 +201,13 @@ def test_what_begins_like_an_address_is_no_folder(text: str) -> None:
 def test_blanks_before_a_path_and_quotes_around_it(text: str) -> None:
     """As a file of environment variables leaves them there."""
     with pytest.raises(StoreRefused, match="without blanks before it or quotes around it"):
+        store_at(text)
+
+
+@pytest.mark.parametrize("text", ["/data/runs\n", "runs\r\n", "s3://bucket/p\n", "s3://bucket/p?region=eu-west-1\n"])
+def test_a_lines_end_behind_it(text: str) -> None:
+    """As a Secret has it that was made with `echo`: never a folder of that name."""
+    with pytest.raises(StoreRefused, match="ends with a line's end"):
         store_at(text)
 
 

@@ -248,6 +248,16 @@ def test_wrong_secret_unknown_key_missing_bucket(
     assert SECRET not in caplog.text
 
 
+def test_a_secret_that_ends_with_a_lines_end_is_told(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with server.identity("trainer"):
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET + "\n")
+        with pytest.raises(
+            StoreRefused, match=r"AWS_SECRET_ACCESS_KEY in this .* a line's end, which .* no key"
+        ) as caught:
+            open_store(server.url("x")).head(KEY)
+    assert SECRET not in str(caught.value)
+
+
 def test_no_credentials_says_how_to_give_them(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     with server.identity("trainer"):
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")

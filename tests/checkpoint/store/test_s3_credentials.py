@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint.errors import CredentialsExpired, NotFound
+from checkpoint.errors import CredentialsExpired, CredentialsRefused, NotFound
 from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import Retry
 from tests.support.hostile_s3 import SECRET, HostileS3, client
@@ -92,6 +92,19 @@ def test_a_credential_process_is_asked_again(
     peer.tokens = {"second-token"}
     token.write_text("second-token")
     assert store.get(KEY) == b"x"
+
+
+def test_credentials_that_come_after_the_store_was_opened(
+    peer: HostileS3, profile: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sidecar writes them a second later; a machine's metadata service answers at the second try."""
+    (tmp_path / "credentials").unlink()
+    monkeypatch.delenv("AWS_PROFILE")
+    store = client(peer, renew_s=0.0)
+    with pytest.raises(CredentialsRefused, match="Unable to locate credentials"):
+        store.get(KEY)
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    assert store.create(KEY, b"x")
 
 
 def test_looking_for_newer_credentials_is_bounded(peer: HostileS3, profile: Callable[[str], None]) -> None:

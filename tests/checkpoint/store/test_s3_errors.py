@@ -129,6 +129,7 @@ def test_answers_are_told_apart(status: int, code: str, kind: type[CheckpointErr
         (400, "XMinioAdminBucketQuotaExceeded", "Bucket quota exceeded"),
         (507, "XMinioStorageFull", "Storage backend has reached its minimum free drive threshold."),
         (403, "AccessDenied", "Cannot upload files, storage cap exceeded."),  # B2
+        (403, "AccessDenied", "Cannot upload files, transaction (Class B) cap exceeded."),
         (403, "AccessDenied", "Forbidden: Object quota is reached"),  # Garage
     ],
 )
@@ -136,7 +137,37 @@ def test_a_store_that_is_full_is_waited_for(status: int, code: str, message: str
     answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
     error = translate(botocore.exceptions.ClientError(answer, "PutObject"), "creating 'k'", "s3://b", "k")
     assert isinstance(error, StoreUnavailable)
-    assert "full or over its quota; nothing that was there is lost: free space, or raise the quota" in str(error)
+    assert "full, or over its quota or cap; nothing that was there is lost: free space, or raise the" in str(error)
+
+
+def test_a_cap_on_what_is_read_in_a_day_is_waited_for() -> None:
+    message = "Cannot download file, download bandwidth or transaction (Class B) cap exceeded."
+    answer = {"Error": {"Code": "AccessDenied", "Message": message}, "ResponseMetadata": {"HTTPStatusCode": 403}}
+    error = translate(botocore.exceptions.ClientError(answer, "GetObject"), "reading 'k'", "s3://b", "k")
+    assert isinstance(error, StoreUnavailable)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "says"),
+    [
+        (403, "InvalidObjectState", "not valid for the object's storage class", "moved into an archive: restore it"),
+        (400, "KMS.DisabledException", "arn:… is disabled.", "it must be there and enabled"),
+        (
+            403,
+            "AccessDenied",
+            "… is not authorized to perform: kms:Decrypt on …",
+            "needs kms:GenerateDataKey and kms:D",
+        ),
+        (417, "417", "", "name the server in NO_PROXY"),
+        (407, "407", "", "name and password belong to HTTP_PROXY"),
+        (501, "501", "", "the server lacks what hotstage needs"),
+    ],
+)
+def test_what_a_person_can_mend_is_told(status: int, code: str, message: str, says: str) -> None:
+    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error = translate(botocore.exceptions.ClientError(answer, "GetObject"), "reading 'k'", "s3://b", "k")
+    assert isinstance(error, StoreRefused)
+    assert says in str(error)
 
 
 def test_a_header_that_a_server_does_not_take_is_what_it_lacks() -> None:
