@@ -275,6 +275,7 @@ def report_facts(
         "run": run,
         "mfu": rate * flops_per_token / peak_flops if rate and peak_flops else None,
         "outcome": state_word(state),
+        "reason": state.ended.reason if state.ended and state_word(state) not in ("open", "succeeded") else "",
         "steps": max(curve, default=0),
         "curve": {step: point.loss for step, point in curve.items()},
         "attempts": attempt_facts(state, index.rows),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,8 +28,8 @@ p { margin: 6px 0 } .soft { color: var(--soft) } code, pre { font: 13px/1.45 ui-
 table { border-collapse: collapse; width: 100%; font-size: 14px }
 th, td { text-align: left; padding: 5px 10px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--soft); font-weight: 500 } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-pre { white-space: pre-wrap; margin: 0 }
-svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
+pre { white-space: pre-wrap; margin: 0 } pre.table, td.n { white-space: pre }
+svg { width: 100%; min-width: 640px; height: auto } svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
 .good { color: var(--c) } .bad { color: var(--bad) }
 """
 
@@ -77,6 +78,8 @@ class ReportFacts:
     validation: Mapping[int, float] = field(default_factory=dict)
     sample: str = ""
     data_note: str = ""
+    reason: str = ""
+    """Of a run that ended without success."""
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -122,7 +125,7 @@ def loss_svg(
         y = py(tick)
         out.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
         out.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in _ticks(x0, x1, 10):
+    for tick in _ticks(x0, x1, min(10, x1 - x0)):
         out.append(f'<text x="{px(tick):.1f}" y="{height - bottom + 18}" text-anchor="middle">{tick:g}</text>')
     out.append(f'<text x="{(left + width - right) / 2}" y="{height - 4}" text-anchor="middle">optimizer step</text>')
     points = " ".join(f"{px(s):.1f},{py(v):.1f}" for s, v in curve.items())
@@ -143,16 +146,20 @@ def loss_svg(
             title = f"<title>checkpoint at step {step}</title>"
             out.append(f'<path d="M{px(step):.1f} {y} l-4 8 h8 z" fill="var(--c)">{title}</path>')
     for attempt in attempts[1:]:
-        step = attempt.restore_step + attempt.lost_steps  # how far the attempt before it came
+        step = max(attempt.restore_step, 0) + attempt.lost_steps  # how far the attempt before it came
         x = px(min(max(step, x0), x1))
         side = f'x="{x + 5:.1f}"' if x <= width / 2 else f'x="{x - 5:.1f}" text-anchor="end"'  # where there is room
         out.append(
             f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{height - bottom}" stroke="var(--b)" '
             f'stroke-dasharray="5 4"/><text {side} y="{top + 4}">attempt {attempt.number}: '
-            f"{html.escape((attempt.cause or attempt.reason)[:60])}</text>"
+            f"{html.escape(textwrap.shorten(attempt.cause or attempt.reason, 60, placeholder=' …'))}</text>"
         )
     out.append("</svg>")
     return "".join(out)
+
+
+def _loss(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def _fact(value: str, label: str) -> str:
@@ -177,7 +184,7 @@ def render(facts: ReportFacts) -> str:
     cards = [
         _fact(facts.outcome, "outcome"),
         _fact(f"{facts.steps:,}", "optimizer steps"),
-        _fact(f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "–", "loss"),
+        _fact(f"{_loss(losses[0])} → {_loss(losses[-1])}" if losses else "–", "loss"),
         _fact(str(len(facts.attempts)), "attempts"),
         _fact(str(lost), "steps done twice"),
         _fact(f"{sum(recoveries):.1f} s" if recoveries else "0 s", "time lost to failures"),
@@ -197,6 +204,8 @@ def render(facts: ReportFacts) -> str:
         f"<h1>{html.escape(facts.run)}</h1><p class=soft>{html.escape(facts.data_note)}</p>",
         f'<div class="facts">{"".join(cards)}</div>',
     ]
+    if facts.reason:
+        parts.append(f"<p>{html.escape(facts.reason)}</p>")
     if facts.digest:
         equal = facts.digest_one_stage is not None and facts.digest == facts.digest_one_stage
         parts.append(
@@ -244,9 +253,8 @@ def render(facts: ReportFacts) -> str:
             parts.append("<p class=soft>no trace was recorded: launch.trace = true measures every step</p>")
         parts.append("</div>")
     if facts.memory_text:
-        parts.append(
-            f"<h2>Memory that the plan foretold</h2><div class=card><pre>{html.escape(facts.memory_text)}</pre></div>"
-        )
+        memory = f"<pre class=table>{html.escape(facts.memory_text)}</pre>"
+        parts.append(f"<h2>Memory that the plan foretold</h2><div class=card>{memory}</div>")
     if facts.checkpoints:
         parts.append("<h2>Checkpoints</h2><div class=card>")
         parts.append(

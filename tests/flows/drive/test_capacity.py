@@ -18,7 +18,7 @@ from flows.drive.loop import Driver
 from flows.drive.reconcile import Reconciler, target_of, wants_driver
 from flows.drive.run import Prepared, attempt_body, fold_view, load_run, under
 from flows.drive.views import Restore, StartAttempt
-from flows.show.facts import details
+from flows.show.facts import details, report_facts
 from trainer.errors import PlanError
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
 from trainer.spec import how_map, parse_spec
@@ -223,6 +223,7 @@ def test_a_refused_image_ends_the_run(place: Any) -> None:
     ).run()
     assert (outcome.outcome, outcome.exit_code) == ("gave_up", 78)
     assert "ErrImageNeverPull" in outcome.reason
+    assert report_facts(store, prepared.run).reason == outcome.reason
 
 
 def test_open_runs_of_a_cluster_want_a_driver(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:

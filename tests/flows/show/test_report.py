@@ -92,6 +92,7 @@ def test_it_escapes() -> None:
         data_note=EVIL,
         sample=EVIL,
         memory_text=EVIL,
+        reason=EVIL,
         notes=[EVIL],
         attempts=[replace(a, cause=EVIL) for a in FACTS.attempts],
         checkpoints=[{**FACTS.checkpoints[0], "state_digest": EVIL}],
@@ -101,7 +102,7 @@ def test_it_escapes() -> None:
     page = render(evil)
     assert "<script" not in page
     assert read(page).bad == []
-    assert "".join(read(page).text).count("<script>alert(1)</script>") >= 9
+    assert "".join(read(page).text).count("<script>alert(1)</script>") >= 10
 
 
 def test_an_attempt_by_order_is_no_failure() -> None:
@@ -121,6 +122,15 @@ def test_attempts_are_marked_in_the_curve() -> None:
     early, late = (dict.fromkeys(range(1, end), 5.0) for end in (1000, 32))
     for curve, ends in (early, False), (late, True):  # its words go to the side that has room for them
         assert ('text-anchor="end" y="30">attempt 2' in loss_svg(curve, FACTS.attempts, [])) == ends
+
+
+def test_an_attempt_from_the_start_is_marked_where_the_one_before_had_come_to() -> None:
+    attempts = [AttemptFact(1, 1, 0.0, -1, "", 1, 6), AttemptFact(2, 5, 1.0, -1, "why it died, " * 9, 1, 6, 6, 0.6)]
+    svg = loss_svg({step: 9.0**step for step in range(1, 7)}, attempts, [])
+    assert '<line x1="984.0" x2="984.0"' in svg  # step 6, at the right edge
+    assert "why it …</text>" in svg  # what is cut says so
+    assert re.findall(r'text-anchor="middle">([0-9.]+)<', svg) == ["1", "2", "3", "4", "5", "6"]  # steps are whole
+    assert "9.00 → 5.31e+05" in render(replace(FACTS, curve={1: 9.0, 6: 9.0**6}))
 
 
 def test_what_evaluations_gave_is_drawn_and_listed() -> None:
