@@ -220,7 +220,7 @@ def _copy(value: Any) -> Any:
 def _apply_set(tree: dict[str, Any], text: str) -> None:
     key, sep, raw = text.partition("=")
     if not sep or not key.strip():
-        raise SpecError(f"--set {text!r}: write it as section.key=value, for example train.steps=100")
+        raise SpecError(f"--set {text!r}: write it as section.key=value, for example train.seed=2")
     parts = re.findall(r'\s*("[^"]*"|[^.]*)\s*(?:\.|\Z)', key)[:-1] if '"' in key else key.split(".")
     path = _full_path(tuple(part.strip().strip('"') for part in parts), text)
     if path[:2] in _TABLES and len(path) > 3:

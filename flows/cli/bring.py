@@ -36,8 +36,9 @@ def import_(
     """Take the model in DIR, a folder in Hugging Face's form: write a spec that trains on from it, store its weights.
 
     \b
-    DIR: config.json, model.safetensors (or several files and their index) and tokenizer.json of a GPT-2, Llama or
-    Qwen3. What this version does not compute is refused with the field. Nothing is downloaded, and DIR stays as it is.
+    DIR: config.json, model.safetensors (or several files and their index) and tokenizer.json of a GPT-2, Llama,
+    Mistral or Qwen3. What this version does not compute is refused with the field. Nothing is downloaded, and DIR
+    stays as it is.
     The weights become step 0 of a run of their own: `hotstage chat` talks to it, `hotstage train SPEC` begins from it.
     """
     from flows.cli.from_config import spec_text

@@ -16,7 +16,7 @@ SHARD_GB = 5.0  # as transformers cuts
 
 @click.group()
 def ckpt() -> None:
-    """List, show, verify, digest, compare, export, pin and collect checkpoints."""
+    """List, show, verify, digest, compare, export, import, pin and collect checkpoints."""
 
 
 for command in (pin_checkpoint, unpin_checkpoint, collect_garbage):

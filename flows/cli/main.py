@@ -63,19 +63,19 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("flows.cli.train", "Train a spec to its end; recover whatever fails on the way."),
     "sweep": ("flows.cli.sweep", "Train a run for each point of a grid or a list, and show a table of them."),
     "schedule": ("flows.cli.schedule", "Serve a Prefect deployment that trains each time it fires."),
-    "schedules": ("flows.cli.schedules", "List, pause, resume and remove schedules."),
+    "schedules": ("flows.cli.schedules", "List, pause, resume and remove the schedules of a Prefect server."),
     "reconcile": ("flows.cli.reconcile", "Drive open runs whose drivers have died, again and again."),
     "data": ("flows.cli.data", "Prepare datasets."),
-    "runs": ("flows.cli.runs", "List, show, resume, cancel and fork runs."),
+    "runs": ("flows.cli.runs", "List, show, watch, resume, order, cancel and fork runs."),
     "logs": ("flows.cli.runs", "What the ranks of a run printed, also when they are gone."),
-    "ckpt": ("flows.cli.ckpt", "List, show, verify, digest, compare and export checkpoints."),
+    "ckpt": ("flows.cli.ckpt", "List, show, verify, digest, compare, export, import, pin and collect checkpoints."),
     "replay": ("flows.cli.replay", "Compute steps of a run again, and compare them with what it recorded."),
     "evaluate": ("flows.cli.evaluate", "Validation loss, a sample and your commands on a checkpoint of a run."),
     "generate": ("flows.cli.ckpt", "Continue a text with a run's newest checkpoint."),
     "chat": ("flows.cli.chat", "Talk with a run's newest checkpoint in the terminal."),
     "report": ("flows.cli.runs", "Write a run's report as one HTML page."),
     "doctor": ("flows.cli.doctor", "Say what this machine can train on: engine, GPUs, driver, libraries."),
-    "k8s": ("flows.cli.k8s", "Kubernetes: render, apply, doctor, logs."),
+    "k8s": ("flows.cli.k8s", "Render, make and look at the Kubernetes objects of a run; say what a cluster lacks."),
     "debug-dump": ("flows.cli.k8s", "Write all that explains a run into one file, without secrets."),
 }
 
@@ -180,7 +180,7 @@ set_option = click.option(
     "sets",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a value of the spec, e.g. train.steps=20. Repeatable.",
+    help="Override a value of the spec, e.g. train.seed=2. Repeatable.",
 )
 out_option = click.option(
     "--out", default="out", show_default=True, help="Folder for what a run writes outside the store."

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def runs() -> None:
-    """List, show, resume, order, cancel and fork runs."""
+    """List, show, watch, resume, order, cancel and fork runs."""
 
 
 class Batches(click.ParamType[tuple[int, int]]):
@@ -127,15 +127,16 @@ def list_runs(owner: str | None, since: float | None, state: str | None, store: 
     if not rows:
         say(f"none of the {len(every)} runs in {opened.describe()}" if every else f"no runs in {opened.describe()}")
         return 0
+    width = max(36, *(len(row["run"]) for row in rows))
     queued = any(row["queue"] or row["priority"] for row in rows)
     say(
-        f"{'run':<36} {'state':<9} {'saved step':>10} {'of':>8} {'attempts':>8} {'hours':>9} {'lost':>7}  owner"
+        f"{'run':<{width}} {'state':<9} {'saved step':>10} {'of':>8} {'attempts':>8} {'hours':>9} {'lost':>7}  owner"
         + ("  queue, priority" if queued else "")
     )
     for row in rows:
         place = ", ".join(filter(None, (row["queue"], row["priority"])))
         say(
-            f"{row['run']:<36} {row['state']:<9} {row['saved_step']:>10} {row['steps']:>8} {row['attempts']:>8} "
+            f"{row['run']:<{width}} {row['state']:<9} {row['saved_step']:>10} {row['steps']:>8} {row['attempts']:>8} "
             f"{row['device_hours']:>9.2f} {row['lost_hours']:>7.2f}  {row['owner'] or '-'}"
             + (f"  {place}" if place else "")
         )

@@ -7,14 +7,16 @@ import importlib.util
 import re
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from flows.cli.main import cli
-from trainer.spec import RunSpec
+from flows.cli.main import _COMMANDS, cli
+from trainer.presets import PRESETS, for_cuda
+from trainer.spec import RunSpec, parse_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").glob("*.md")])
@@ -124,6 +126,43 @@ def test_keys_of_a_spec_are_there(page: Path) -> None:
     named |= {name for table in written if SECTIONS & table.keys() for name in keys(table)}  # else a sheet of machines
     files = {name for name in named if name.endswith((".py", ".safetensors"))}
     assert sorted(name for name in named - files if not is_key(name)) == []
+
+
+WRITES = re.compile(r"hotstage init ([\w-]+)(?: --device (\w+))? > (\S+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_what_is_set_of_a_preset_s_spec_is_taken(page: Path) -> None:
+    for _, block in FENCE.findall(page.read_text(encoding="utf-8")):
+        specs = {
+            file: for_cuda(PRESETS[name]) if device == "cuda" else PRESETS[name]
+            for name, device, file in WRITES.findall(block)
+        }
+        for command in COMMAND.findall(block):
+            words = command.split()
+            sets = [value.strip("'") for word, value in pairwise(words) if word == "--set"]
+            for file in specs.keys() & words:
+                parse_spec(tomllib.loads(specs[file]), sets)
+
+
+def test_the_example_of_set_is_taken_by_every_preset() -> None:
+    train = subcommand(cli, "train")
+    assert train is not None
+    (example,) = re.findall(r"e\.g\. (\S+)\. ", " ".join(train.get_help(click.Context(train)).split()))
+    for text in PRESETS.values():
+        parse_spec(tomllib.loads(text), [example])
+
+
+def test_runs_of_the_readme_are_called_as_its_spec_names_them() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ((preset, _, _),) = WRITES.findall(text)
+    called = re.findall(r"^hotstage (?:replay|ckpt export|generate|chat) (\S+)", text, re.MULTILINE)
+    assert called == [tomllib.loads(PRESETS[preset])["name"]] * 4
+
+
+def test_the_root_s_help_says_of_a_group_what_the_group_says() -> None:
+    groups = {name: found for name in _COMMANDS if isinstance(found := subcommand(cli, name), click.Group)}
+    assert {name: group.help for name, group in groups.items()} == {name: _COMMANDS[name][1] for name in groups}
 
 
 def test_what_is_not_there_is_found() -> None:

@@ -55,17 +55,21 @@ def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path) -> None:
         assert code == 0
         return {row["run"]: (row["state"], row["steps"]) for row in json.loads(said)}
 
+    unread = f"no-log-{'x' * 33}-bbbbbb"
     before = rows()  # other tests have runs there too
     assert before[run] == ("succeeded", STEPS)
-    for other, broken in (("no-spec-aaaaaa", "spec"), ("no-log-bbbbbb", f"log/{1:020}")):
+    for other, broken in (("no-spec-aaaaaa", "spec"), (unread, f"log/{1:020}")):
         shutil.copytree(store / "runs" / run, store / "runs" / other)
         (store / "runs" / other / broken).unlink()
         shutil.copy(store / "index" / run, store / "index" / other)
-    (store / "runs" / "no-log-bbbbbb" / f"log/{1:020}").write_bytes(b"no record")
+    (store / "runs" / unread / f"log/{1:020}").write_bytes(b"no record")
     shutil.copy(store / "index" / run, store / "index" / f"{run}_copy")
-    unreadable = {"no-log-bbbbbb": ("unreadable", STEPS)}
+    unreadable = {unread: ("unreadable", STEPS)}
     assert rows() == {**before, "no-spec-aaaaaa": ("succeeded", 0), **unreadable}
     assert rows("--state", "unreadable") == unreadable
+    head, *lines = outcome(["runs", "ls", "--store", copy.url])[1].splitlines()  # columns, however long a name is
+    states = {name: state for name, (state, _) in rows().items()}
+    assert {line.index(f" {states[line.split()[0]]} ") + 1 for line in lines} == {head.index("state")}
 
 
 @pytest.mark.parametrize(("words", "code", "says"), [
