@@ -69,7 +69,7 @@ class Prefect:
             return Client.connect(None)
         assert self.own is not None
         self._began = self._began or time.monotonic()
-        if answers(self.own.api, 1.0):
+        if self.own.up():
             return Client.connect(self.own.api)
         ended = self.own.process is None or self.own.process.poll() is not None
         if self._dead:

@@ -5,21 +5,17 @@ Nothing here is called by a driver: `flows/page/` calls it from a thread of its 
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import http.client
 import os
 import re
 import time
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 from flows.proxies import reach_directly
@@ -181,17 +177,15 @@ def without_api(found: Configured) -> str:
 
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:
-    """True where a Prefect API answers at this URL (…/api)."""
-    parts = urlsplit(url)
-    request = urllib.request.Request(f"{without_login(url).rstrip('/')}/health")
-    if parts.username:
-        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-        request.add_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
+    """True where a Prefect API answers at this URL (…/api): asked as Prefect's own client asks, with what its settings
+    say of authorities, logins and headers.
+    """
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
-            return bool(reply.status == 200)
-    except (OSError, ValueError, urllib.error.URLError, http.client.HTTPException):
+        with Client.open(url) as client:
+            client.call(lambda: client.inner._client.get("/health", timeout=timeout_s).raise_for_status())
+    except (Gone, Refused):
         return False
+    return True
 
 
 def _login_form() -> str:
@@ -200,6 +194,15 @@ def _login_form() -> str:
     if not said or (":" in said and said.strip(" \t\r\n\"'") == said):
         return ""
     return " (PREFECT_API_AUTH_STRING is user:password as the server has it, without quotes, blanks or a line's end)"
+
+
+def _tls(what: str) -> str:
+    """What to do where no connection by TLS comes about; empty where it is another thing."""
+    if "CERTIFICATE_VERIFY_FAILED" in what:
+        return "; a server with a certificate of your own authority needs its file in PREFECT_API_SSL_CERT_FILE"
+    if "WRONG_VERSION_NUMBER" in what:
+        return "; the server speaks no TLS at that port: write http://"
+    return ""
 
 
 # --- the client -----------------------------------------------------------------------------------------------
@@ -246,10 +249,13 @@ class Client:
         settings: dict[str, Any] = {"timeout": httpx.Timeout(TIMEOUT_S)}
         try:
             inner = SyncPrefectClient(url, httpx_settings=settings) if url else get_client(settings, sync_client=True)
-        except httpx.InvalidURL as error:  # its own address is one: `configured`
+        except (httpx.InvalidURL, OSError) as error:
             context.__exit__(None, None, None)
             raise Refused(
-                f"a proxy is no address ({error}): write HTTP_PROXY, HTTPS_PROXY and ALL_PROXY as http://host:port"
+                f"PREFECT_API_SSL_CERT_FILE is {known.settings.api.ssl_cert_file!r}, which cannot be used "
+                f"({error.strerror or error}): name a file with the certificates of your authority, or unset it"
+                if isinstance(error, OSError)  # its own address is one: `configured`
+                else f"a proxy is no address ({error}): write HTTP_PROXY, HTTPS_PROXY and ALL_PROXY as http://host:port"
             ) from error
         return cls(inner, without_login(str(inner.api_url)).rstrip("/"), lambda: context.__exit__(None, None, None))
 
@@ -295,7 +301,7 @@ class Client:
             raise Slow(f"no answer at {self.url} within {TIMEOUT_S:.0f} s") from error
         except httpx.TransportError as error:
             what = str(error) or type(error).__name__
-            raise Gone(f"no answer at {self.url}: {what}") from error
+            raise Gone(f"no answer at {self.url}: {what}{_tls(what)}") from error
         except ValueError as error:  # a gateway's page of HTML where JSON should be
             raise Gone(f"{self.url} does not answer as Prefect does: {str(error)[:120]}") from error
 
@@ -313,9 +319,7 @@ class Client:
             return known  # Cloud, or PREFECT_UI_URL
         prefix = ""
         with contextlib.suppress(Exception):  # an older server has one page only
-            import httpx
-
-            told = httpx.get(f"{base}/ui-settings", timeout=2.0).json()
+            told = self.inner._client.get(f"{base}/ui-settings", timeout=2.0).json()
             prefix = (told.get("v2_base_url") or "").rstrip("/") if told.get("default_ui") == "v2" else ""
         return f"{base}{prefix}/runs/flow-run/{flow_run}"
 

@@ -8,11 +8,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
-
-from flows.prefect_api import answers
 
 
 def free_port() -> int:
@@ -98,10 +98,18 @@ class PrefectServer:
         while time.monotonic() < deadline:
             if self.process is not None and self.process.poll() is not None:
                 return False
-            if answers(self.api, 1.0):
+            if self.up():
                 return True
             time.sleep(0.1)
         return False
+
+    def up(self) -> bool:
+        """True where it answers now."""
+        try:
+            with urllib.request.urlopen(f"{self.api}/health", timeout=1.0) as reply:
+                return bool(reply.status == 200)
+        except (OSError, ValueError, HTTPException):
+            return False
 
     def stop(self) -> None:
         if self.process is None or self.process.poll() is not None:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_SSL_CERT_FILE,
+    PREFECT_API_TLS_INSECURE_SKIP_VERIFY,
+    PREFECT_API_URL,
+    temporary_settings,
+)
 
-from flows.prefect_api import Client, PrefectSettingsError, Refused, configured
+from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused, answers, configured
 from flows.prefect_server import PrefectServer
+from tests.support.certificates import served
 
 
 @pytest.mark.parametrize(
@@ -63,6 +71,46 @@ def test_a_proxy_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "foo:bar")
     with pytest.raises(Refused, match=r"a proxy is no address .*: write HTTP_PROXY"):
         Client.connect("http://prefect.example/api")
+
+
+class _Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing to the terminal."""
+
+
+def test_a_server_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
+    """What Prefect's settings say of authorities holds for each look at it, and what is wrong there is told."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Healthy) as server:
+        server.socket = served(tmp_path).wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_port}/api"
+        assert not answers(url)
+        told = "your own authority needs its file in PREFECT_API_SSL_CERT_FILE"
+        with Client.open(url) as client, pytest.raises(Gone, match=told):
+            client.check()
+        for known in (
+            {PREFECT_API_SSL_CERT_FILE: str(tmp_path / "ca.pem")},
+            {PREFECT_API_TLS_INSECURE_SKIP_VERIFY: True},
+        ):
+            with temporary_settings(updates=known):
+                assert answers(url)
+        server.shutdown()
+
+
+def test_a_file_of_authorities_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no certificate\n")
+    for name in ("text", "missing"):
+        with (
+            temporary_settings(updates={PREFECT_API_SSL_CERT_FILE: str(tmp_path / name)}),
+            pytest.raises(Refused, match=f"PREFECT_API_SSL_CERT_FILE is '.*/{name}', which cannot be used"),
+        ):
+            Client.connect("https://prefect.example/api")
 
 
 def test_a_server_without_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
