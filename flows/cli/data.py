@@ -40,6 +40,11 @@ def prepare(spec: str, again: bool, dask: str, sets: tuple[str, ...], store: str
 
     opened = store_at(store)
     wanted = load_spec(spec, sets)
+    if dask:
+        from flows.cli.schedule import prefect_for
+
+        if prefect_for("--dask") is None:
+            return 78
 
     def work() -> DatasetRef:
         ready_store(opened)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prefect.schedules import Schedule
 
     from flows.care import Care
-    from flows.prefect_api import Client
+    from flows.prefect_api import Client, Configured
     from flows.recurring.due import FiringPolicy
     from flows.recurring.notify import Notice
     from flows.serve import Server
@@ -180,6 +180,24 @@ class Firing:
             raise click.UsageError("--day-and needs --cron")
 
 
+def prefect_for(command: str) -> Configured | None:
+    """The Prefect server that ``command`` needs; None where there is none, and then it is told why."""
+    from flows.prefect_api import PrefectSettingsError, configured, why_not
+
+    try:
+        found = configured()
+        why = why_not(found) if found else "Prefect's settings name none (PREFECT_API_URL is not set)"
+    except PrefectSettingsError as error:
+        found, why = None, str(error)
+    if not why:
+        return found
+    complain(
+        f"hotstage: {command} needs a Prefect server, but {why}; start one (`prefect server start`) and set "
+        "PREFECT_API_URL or a profile (`prefect config set PREFECT_API_URL=…`)"
+    )
+    return None
+
+
 def serve_fired(
     make: Callable[[Schedule, str], RunnerDeployment],
     title: str,
@@ -197,7 +215,7 @@ def serve_fired(
     """
     from datetime import timedelta
 
-    from flows.prefect_api import Gone, PrefectSettingsError, Refused, configured, why_not
+    from flows.prefect_api import Gone, Refused
     from flows.recurring.due import FiringPolicy
     from flows.recurring.when import cron_of, zone_of
     from flows.serve import ENTRYPOINT, Server
@@ -211,16 +229,8 @@ def serve_fired(
             notice.check()
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    try:
-        found = configured()
-        why = why_not(found) if found else "Prefect's settings name none (PREFECT_API_URL is not set)"
-    except PrefectSettingsError as error:
-        why = str(error)
-    if why or found is None:
-        complain(
-            f"hotstage: schedule needs a Prefect server, but {why}; start one (`prefect server start`) and set "
-            "PREFECT_API_URL or a profile (`prefect config set PREFECT_API_URL=…`)"
-        )
+    found = prefect_for("schedule")
+    if found is None:
         return 78
     from prefect.schedules import Interval
 

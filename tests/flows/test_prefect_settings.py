@@ -15,9 +15,11 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from flows.cli.main import exit_code_of
 from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused, answers, configured
 from flows.prefect_server import PrefectServer
 from tests.support.certificates import served
+from trainer.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,28 @@ def test_an_api_that_is_no_address(url: str) -> None:
         pytest.raises(PrefectSettingsError, match="which is no address; write it as http://host:4200/api"),
     ):
         configured()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["schedule", "SPEC", "--interval", "60"],
+        ["data", "prepare", "SPEC", "--dask", "2"],
+        ["reconcile", "--interval", "60"],
+        ["ckpt", "gc", "--cron", "@daily"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_needs_a_server_says_so_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    spec = tmp_path / "spec.toml"
+    spec.write_text(PRESETS["gpt2-demo"])
+    monkeypatch.setattr("flows.prefect_api.configured", lambda: None)
+    words = [str(spec) if word == "SPEC" else word for word in command]
+    assert exit_code_of([*words, "--store", str(tmp_path / "store")]) == 78
+    assert "needs a Prefect server, but Prefect's settings name none" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
 
 
 def test_an_address_without_a_scheme_keeps_its_password_to_itself() -> None:
