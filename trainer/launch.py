@@ -35,7 +35,6 @@ class Launch:
     store_url: str
     work_root: Path
     """Of this machine: everything that the run writes outside the store goes below it (usually ``out``)."""
-    ranks_per_node: int = 1
     how: Mapping[str, Any] = field(default_factory=dict)
     """The How half of the spec."""
     spec: RunSpec | None = None

@@ -82,7 +82,7 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
             "nothing that was there is lost: free space and it goes on"
         )
     if code == errno.EFBIG:
-        return StoreRefused(f"{what}: the file store {root}: {_largest(root, text)}")
+        return StoreRefused(f"{what}: the file store {root}: {_largest(text)}")
     if code == errno.EMFILE:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return StoreUnavailable(
@@ -118,7 +118,7 @@ def _has_no_inodes(root: Path) -> bool:
     return False
 
 
-def _largest(root: Path, text: str) -> str:
+def _largest(text: str) -> str:
     """What limits a file, and the mend: the process's limit, else the file system."""
     most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if most == resource.RLIM_INFINITY:
@@ -172,12 +172,12 @@ class FileStore:
         durable = not is_hint(key)
         try:
             if os.path.lexists(path):  # the common way to lose: no need to write first
-                return self._holds(path, key, data)
+                return self._holds(path, data)
             temporary = self._write(data, durable)
             try:
                 self._into_place(os.link, temporary, path, durable)
             except FileExistsError:
-                return self._holds(path, key, data)
+                return self._holds(path, data)
             except OSError as error:
                 if error.errno in _NO_LINKS and temporary.exists():  # it may be written to, but not linked
                     raise _no_links(error, f"creating {key!r}", self.root) from error
@@ -246,7 +246,7 @@ class FileStore:
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         path = self._path(key)
         try:
-            return self._holds(path, key, data)
+            return self._holds(path, data)
         except (NotADirectoryError, IsADirectoryError):
             return False
         except OSError as error:
@@ -408,7 +408,7 @@ class FileStore:
             if durable:
                 _fsync_folder(folder.parent)
 
-    def _holds(self, path: Path, key: str, data: Data) -> bool:
+    def _holds(self, path: Path, data: Data) -> bool:
         """Whether the object that was there first has exactly these bytes."""
         try:
             with open(path, "rb", buffering=0) as file:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from flows.cli import terminal
-from flows.cli.main import json_option, out_option, say, store_option
+from flows.cli.main import json_option, say, store_option
 
 
 @click.command()
@@ -23,7 +23,6 @@ from flows.cli.main import json_option, out_option, say, store_option
 @click.option("--with-parent", is_flag=True, hidden=True, help="Leave when standard input ends.")
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, help="Of the engine (default: the run's).")
 @store_option
-@out_option
 @json_option
 def evaluate(
     run: str,
@@ -32,7 +31,6 @@ def evaluate(
     with_parent: bool,
     threads: int,
     store: str | None,
-    out: str,
     as_json: bool,
 ) -> int:
     """Evaluate a checkpoint of RUN, as its spec asks for: [validation] and each [[eval]].

@@ -25,7 +25,6 @@ _PRIME = 0x9E3779B97F4A7C15
 _WORD = re.compile(r"\w+")
 
 Signature = npt.NDArray[np.uint32]
-Keys = npt.NDArray[np.uint64]
 
 
 @functools.lru_cache

@@ -180,7 +180,7 @@ def judge(
     ``room``: as in `Look`; ``waited_s``: for how long the launch has waited; ``left_s``: since a rank of the newest
     attempt was first seen to have left on request.
     """
-    settled = _settled(log, nodes, policy)
+    settled = _settled(log, policy)
     if settled is not None:
         return settled
     newest = log.attempts[-1]
@@ -197,7 +197,7 @@ def judge(
     if cause is None:
         cause = stalled(mine, newest, policy)
         if cause is None:
-            return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(log, nodes, mine, policy))
+            return Watch(Phase.WAITING, waiting) if waiting else Watch(*_phase(mine, policy))
     elif not _drained(nodes, newest, policy, leaving=leave):
         return Watch(Phase.DRAINING, cause.said())
     decision = _recover(log, nodes, policy, explained(cause, mine, leave=leave), leave=leave)
@@ -227,7 +227,7 @@ def opened(log: LogView) -> bool:
     return any(o.start is not None or (o.again and log.ended != "succeeded") for o in later)
 
 
-def _settled(log: LogView, nodes: Sequence[NodeView], policy: Policy) -> Decision | None:
+def _settled(log: LogView, policy: Policy) -> Decision | None:
     """What the log alone decides: an end, a success (D1), a first attempt, an order (D6), another launch."""
     order = log.order
     by = f" by {order.by}" if order is not None and order.by else ""
@@ -382,7 +382,7 @@ STARTING_WORDS = {
 }
 
 
-def _phase(log: LogView, nodes: Sequence[NodeView], mine: Sequence[NodeView], policy: Policy) -> tuple[Phase, str]:
+def _phase(mine: Sequence[NodeView], policy: Policy) -> tuple[Phase, str]:
     if len(mine) < policy.nodes:
         return Phase.LAUNCHING, f"{len(mine)} of {policy.nodes} nodes have begun"
     if any(n.phase in ("restoring", "idle", "starting") for n in mine):

@@ -92,7 +92,6 @@ def launch_for(store_url: str, out: Path, prepared: Prepared, launch_id: str, av
         nodes=prepared.nodes,
         store_url=store_url,
         work_root=out,
-        ranks_per_node=prepared.ranks // prepared.nodes,
         how=how_map(prepared.spec),
         spec=prepared.spec,
         plan=prepared.plan,

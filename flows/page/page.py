@@ -105,7 +105,6 @@ class Page:
     every_s: float = EVERY_S
     clock: Callable[[], float] = time.monotonic
     failures: int = 0
-    dropped: int = 0
 
     def __post_init__(self) -> None:
         self._engine = self.flow_run is not None
@@ -203,10 +202,8 @@ class Page:
         self._resting = True
 
     def _put(self, kind: str, value: Any) -> None:
-        try:
+        with contextlib.suppress(queue.Full):
             self._queue.put_nowait((kind, value))
-        except queue.Full:
-            self.dropped += 1
 
     # --- the thread ---------------------------------------------------------------------------------------
 

@@ -145,7 +145,6 @@ def compute(
         nodes=mine.nodes,
         store_url=own.url,
         work_root=folder / "out",
-        ranks_per_node=mine.ranks // mine.nodes,
         how=how,
     )
     try:

@@ -38,7 +38,7 @@ def launch_named(name: str = NAME, **launch: Any) -> Launch:
     data = stand_in(spec)
     spec = spec.resolve(data)
     plan = compile_plan(spec, data, what_digest(spec, data))
-    return Launch("tiny-0a1b2c", name, 2, "s3://b/p", Path("out"), 2, spec=spec, plan=plan)
+    return Launch("tiny-0a1b2c", name, 2, "s3://b/p", Path("out"), spec=spec, plan=plan)
 
 
 LAUNCH_OF = launch_named()

@@ -98,7 +98,7 @@ class World:
             uploader.close()
         assert table.close()
 
-    def restore(self, source: Way, target: Way, node: int, table: SlotTable) -> None:
+    def restore(self, source: Way, target: Way, table: SlotTable) -> None:
         """What a node of the gang ``target`` has in its slots after a start from the checkpoint of ``source``."""
         info, run = self.checkpoint(*source), self.run
         with ThreadPoolExecutor(2) as pool:
@@ -110,7 +110,7 @@ class World:
         found = []
         for node in range(target[1]):
             table = self.table(target, node)
-            self.restore(source, target, node, table)
+            self.restore(source, target, table)
             for rank in table.layouts:
                 with table.slots[rank][0].data() as view:
                     wanted = state_bytes(self.layout(*target), rank, STEP)

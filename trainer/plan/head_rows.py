@@ -119,16 +119,14 @@ def check_parts(rows: Sequence[Row], parts: HeadParts) -> None:
         part = parts.at(position)
         place = {(a.stage, a.op, a.microbatch): at for at, a in enumerate(row)}
         for action in row:
-            for before in _before(parts, position, part, action.stage, action.op, action.microbatch):
+            for before in _before(parts, part, action.stage, action.op, action.microbatch):
                 at, needed = place[action.stage, action.op, action.microbatch], place.get(before, len(row))
                 if needed > at:
                     what = f"{before[0]}{before[1]}{before[2]}"
                     raise PlanError(f"position {position}, action {at}, {action}: needs {what} before it")
 
 
-def _before(
-    parts: HeadParts, position: Position, part: int | None, stage: Stage, op: str, microbatch: int
-) -> list[tuple[Stage, str, int]]:
+def _before(parts: HeadParts, part: int | None, stage: Stage, op: str, microbatch: int) -> list[tuple[Stage, str, int]]:
     """What must stand before an action in the same row, for the head's sake."""
     last = parts.last
     if op in ("B", "I") and stage == last:
@@ -200,7 +198,7 @@ class _Player:
             free = self.begun[part] < self.joined + HELD
             for urgency, op, list_ in ((0, B, self.grads[part]), (1, F, self.inputs[part] if free else [])):
                 if list_:
-                    made = self._made(op, stage, list_[0])
+                    made = self._made(op, list_[0])
                     found.append((max(clock, made), urgency, (op, stage, list_[0])))
         if self.next[position] < len(self.base[position]):
             op, stage, microbatch = self.base[position][self.next[position]]
@@ -209,7 +207,7 @@ class _Player:
                 found.append((max(clock, ready), 2, (op, stage, microbatch)))
         return min(found, default=None)
 
-    def _made(self, op: int, stage: int, microbatch: int) -> float:
+    def _made(self, op: int, microbatch: int) -> float:
         """When what a part needs is there, of a microbatch that it may do."""
         if op == F:
             return self.done[F, self.parts.last, microbatch]

@@ -38,9 +38,9 @@ class ParquetSource:
     def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
         """``first`` and ``last`` are of bytes: a row group is of the range in which it begins."""
         with opened_file(entry) as file, _table(file, entry) as table:
-            kind = self._kind(table, entry, self._field)
+            self._check(table, entry, self._field)
             if self._prompt is not None:
-                self._kind(table, entry, self._prompt)
+                self._check(table, entry, self._prompt)
             columns = self._columns(table)
             row, groups = 0, table.metadata.num_row_groups
             for number in range(groups):
@@ -49,12 +49,12 @@ class ParquetSource:
                 if first <= begin and (last < 0 or begin < last):
                     rows = max(1, min(_ROWS, _BYTES * group.num_rows // max(1, _bytes_of(group, columns))))
                     for batch in table.iter_batches(rows, [number], columns, use_threads=False):
-                        yield from _rows(batch.to_pylist(), self._field, self._prompt, kind, entry.name, row, borne)
+                        yield from _rows(batch.to_pylist(), self._field, self._prompt, entry.name, row, borne)
                         row += batch.num_rows
                 else:
                     row += group.num_rows
 
-    def _kind(self, table: Any, entry: Entry, field: str) -> str:
+    def _check(self, table: Any, entry: Entry, field: str) -> None:
         schema, key = table.schema_arrow, "data.prompt_field" if field == self._prompt else "data.field"
         if field not in schema.names:
             texts = [name for name in schema.names if _is_text(schema.field(name).type)]
@@ -66,7 +66,6 @@ class ParquetSource:
             texts = [name for name in schema.names if _is_text(schema.field(name).type)]
             mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else _cast(kind, entry.name)
             raise DatasetError(f"{entry.name}: its column {field!r} is of type {kind}, not of text{mend}")
-        return str(kind)
 
     def _columns(self, table: Any) -> list[str] | None:
         if self._more is None:
@@ -194,7 +193,6 @@ def _rows(
     rows: Sequence[Mapping[str, Any]],
     field: str,
     prompt_field: str | None,
-    kind: str,
     name: str,
     first: int,
     borne: Borne,
@@ -266,7 +264,7 @@ class HubSource:
         for at in range(begin, end, step):
             columns = table[at : min(at + step, end)]
             batch = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            yield from _rows(batch, self._field, self._prompt, "string", self._source, at, borne)
+            yield from _rows(batch, self._field, self._prompt, self._source, at, borne)
 
 
 def _files(table: Any) -> list[dict[str, Any]]:

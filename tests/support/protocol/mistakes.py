@@ -5,8 +5,8 @@ Each says what is left out, where. They are put into the code from outside (docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import checkpoint.agent.commit as commit_module
@@ -195,6 +195,3 @@ def collects_what_is_being_saved() -> Iterator[None]:
 
     with swapped(collector_module._Pass, "_doom", hasty):
         yield
-
-
-Mistake = Callable[[], AbstractContextManager[None]]

@@ -373,7 +373,7 @@ class Search:
         if write[0] in ("create", "create-new"):
             self._wrote(state, after, write[1])
         elif write[0] == "delete":
-            self._deleted(after, write[1])
+            self._deleted(after)
         return after
 
     @staticmethod
@@ -438,7 +438,7 @@ class Search:
         elif kind == "damaged":
             raise Violation(f"record {n} marks a checkpoint damaged that is not")
 
-    def _deleted(self, after: _State, key: str) -> None:
+    def _deleted(self, after: _State) -> None:
         for info in after.log.checkpoints:
             newest = after.log.newest_attempt
             named = newest is not None and newest.checkpoint == info.n

@@ -125,7 +125,7 @@ class World:
 
     # --- what strikes -------------------------------------------------------------------------------------
 
-    def _comes(self, name: str, process: Process) -> str:
+    def _comes(self, name: str) -> str:
         """How the armed fault strikes at this point; empty where it does not."""
         self.points[name] += 1
         fault = self.armed.pop(name, None) if len(self.struck) < self.most else None
@@ -138,7 +138,7 @@ class World:
         return fault.how
 
     def strike(self, process: Process, name: str, writes: bool) -> str:
-        how = self._comes(name, process)
+        how = self._comes(name)
         if how == "away":
             self.away_until = self.hub.now + self.hub.rng.choice((2.0, 30.0, 200.0))
         elif how == "late write" and not writes:
@@ -159,7 +159,7 @@ class World:
 
     def strike_engine(self, engine: Engine, what: str, rank: Rank | None = None) -> bool:
         """Whether something dies here."""
-        how = self._comes(f"engine {what}", engine)
+        how = self._comes(f"engine {what}")
         if not how:
             return False
         if how == "rank" and rank is not None:

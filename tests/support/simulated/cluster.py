@@ -294,7 +294,7 @@ class Launch:
 
     def __init__(self, world: World, name: str, nodes: int, avoid: tuple[str, ...]) -> None:
         self.name, self.nodes, self.avoid = name, nodes, avoid
-        self.made, self.deleted_at = world.hub.now, None
+        self.made = world.hub.now
         self.failed = self.broken_image = False
         self.deleted: float | None = None
         self.waits_since = world.hub.now

@@ -199,7 +199,6 @@ class SeenCluster:
 
     def __init__(self, owner: SimulatedDriver) -> None:
         self.owner, self.world = owner, owner.world
-        self.away_since = 0.0
         self._seen: dict[str, tuple[int, LaunchView]] = {}
 
     @property

@@ -516,7 +516,7 @@ def simulate(rows: Sequence[Sequence[Instruction]], cost: CostModel) -> tuple[li
         if instruction.channel is not None and instruction.kind == "recv"
     }
 
-    def ready(rank: int, instruction: Instruction) -> bool:
+    def ready(instruction: Instruction) -> bool:
         if instruction.channel is None:
             return True
         if instruction.kind == "recv":
@@ -549,7 +549,7 @@ def simulate(rows: Sequence[Sequence[Instruction]], cost: CostModel) -> tuple[li
     while moved:
         moved = False
         for rank, row in enumerate(rows):
-            while place[rank] < len(row) and ready(rank, row[place[rank]]):
+            while place[rank] < len(row) and ready(row[place[rank]]):
                 run(rank, row[place[rank]])
                 moved = True
     assert all(p == len(row) for p, row in zip(place, rows, strict=True))
