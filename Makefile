@@ -21,7 +21,7 @@ RUN_CLUSTER = HOTSTAGE_ENGINE=$$($(BIN)/python -m trainer.engine_path) \
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos-checkpoint simulate-faults chaos-flows test-postgres test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench bench-peers nightly golden clean
+.PHONY: help setup demo test chaos-checkpoint simulate-faults chaos-flows test-postgres test-browser newcomer images cuda test-gpu bench-gpu gpu-session test-cluster nightly-cluster cluster-up cluster-down check bench bench-peers nightly clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'

@@ -176,106 +176,107 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def render(facts: ReportFacts) -> str:
-    """The page, UTF-8 text, self-contained."""
+def _section(title: str, *parts: str) -> str:
+    return f"<h2>{title}</h2><div class=card>{''.join(parts)}</div>"
+
+
+def _cards(facts: ReportFacts) -> str:
     losses = list(facts.curve.values())
     recoveries = [a.recovery_s for a in facts.attempts if a.recovery_s is not None and a.cause]
-    lost = sum(a.lost_steps for a in facts.attempts)
     cards = [
-        _fact(facts.outcome, "outcome"),
-        _fact(f"{facts.steps:,}", "optimizer steps"),
-        _fact(f"{_loss(losses[0])} → {_loss(losses[-1])}" if losses else "–", "loss"),
-        _fact(str(len(facts.attempts)), "attempts"),
-        _fact(str(lost), "steps done twice"),
-        _fact(f"{sum(recoveries):.1f} s" if recoveries else "0 s", "time lost to failures"),
+        (facts.outcome, "outcome"),
+        (f"{facts.steps:,}", "optimizer steps"),
+        (f"{_loss(losses[0])} → {_loss(losses[-1])}" if losses else "–", "loss"),
+        (str(len(facts.attempts)), "attempts"),
+        (str(sum(a.lost_steps for a in facts.attempts)), "steps done twice"),
+        (f"{sum(recoveries):.1f} s" if recoveries else "0 s", "time lost to failures"),
     ]
     if facts.tokens_per_s:
-        cards.append(_fact(f"{facts.tokens_per_s:,.0f}", "tokens a second"))
+        cards.append((f"{facts.tokens_per_s:,.0f}", "tokens a second"))
     if facts.mfu:
-        cards.append(_fact(f"{facts.mfu:.0%}", "of the measured peak (MFU)"))
+        cards.append((f"{facts.mfu:.0%}", "of the measured peak (MFU)"))
     if facts.parameters:
-        cards.append(_fact(f"{facts.parameters / 1e6:.2f} M", "parameters"))
+        cards.append((f"{facts.parameters / 1e6:.2f} M", "parameters"))
     if facts.seconds:
-        cards.append(_fact(f"{facts.seconds:.0f} s", "from start to end"))
+        cards.append((f"{facts.seconds:.0f} s", "from start to end"))
+    return f'<div class="facts">{"".join(_fact(value, label) for value, label in cards)}</div>'
+
+
+def _digests(digest: str, of_one_stage: str | None) -> str:
+    parts = [f"<p>state digest <code>{html.escape(digest)}</code></p>"]
+    if of_one_stage is not None:
+        word, cls = ("equal", "good") if digest == of_one_stage else ("DIFFERENT", "bad")
+        parts.append(
+            f"<p>one stage, undisturbed, over the same last steps: <code>{html.escape(of_one_stage)}</code> "
+            f'<b class="{cls}">{word}</b></p>'
+        )
+    return _section("The same bits", *parts)
+
+
+def _attempts(attempts: Sequence[AttemptFact]) -> str:
+    head = ["attempt", "began", "from step", "steps", "done twice", "back after", "layout", "why it was started"]
+    rows = [
+        [
+            str(a.number),
+            f"{a.began_s:.1f} s",
+            "start" if a.restore_step < 0 else str(a.restore_step),
+            f"{a.first_step}–{a.last_step}" if a.first_step is not None else "–",
+            str(a.lost_steps),
+            f"{a.recovery_s:.2f} s" if a.recovery_s is not None else "–",
+            a.layout or "–",
+            a.cause or a.reason or "first",
+        ]
+        for a in attempts
+    ]
+    return _section("Attempts", _table(head, rows, numeric=(1, 2, 4, 5)))
+
+
+def _checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            str(c["step"]),
+            str(c.get("attempt") or "–"),
+            f"{int(c['bytes']) / 1e6:.1f} MB" if c.get("bytes") else "–",
+            str(c.get("state_digest", "")),
+        ]
+        for c in checkpoints
+    ]
+    return _section("Checkpoints", _table(["step", "attempt", "size", "state digest"], rows, numeric=(0, 1, 2)))
+
+
+def render(facts: ReportFacts) -> str:
+    """The page, UTF-8 text, self-contained."""
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         '<meta name=viewport content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(facts.run)} · hotstage</title><style>{_CSS}</style></head><body><main>",
         f"<h1>{html.escape(facts.run)}</h1><p class=soft>{html.escape(facts.data_note)}</p>",
-        f'<div class="facts">{"".join(cards)}</div>',
+        _cards(facts),
     ]
     if facts.reason:
         parts.append(f"<p>{html.escape(facts.reason)}</p>")
     if facts.digest:
-        equal = facts.digest_one_stage is not None and facts.digest == facts.digest_one_stage
-        parts.append(
-            f"<h2>The same bits</h2><div class=card><p>state digest <code>{html.escape(facts.digest)}</code></p>"
-        )
-        if facts.digest_one_stage is not None:
-            word, cls = ("equal", "good") if equal else ("DIFFERENT", "bad")
-            parts.append(
-                "<p>one stage, undisturbed, over the same last steps: "
-                f"<code>{html.escape(facts.digest_one_stage)}</code> "
-                f'<b class="{cls}">{word}</b></p>'
-            )
-        parts.append("</div>")
+        parts.append(_digests(facts.digest, facts.digest_one_stage))
     saved = [int(c["step"]) for c in facts.checkpoints]
-    parts.append(f"<h2>Loss</h2><div class=card>{loss_svg(facts.curve, facts.attempts, saved, facts.validation)}</div>")
+    parts.append(_section("Loss", loss_svg(facts.curve, facts.attempts, saved, facts.validation)))
     if facts.evaluations:
         head = list(facts.evaluations[0])
         rows = [[row[name] for name in head] for row in facts.evaluations]
         numeric = [number for number, name in enumerate(head) if name != "failed"]
-        parts.append(f"<h2>Evaluations</h2><div class=card>{_table(head, rows, numeric)}</div>")
-    parts.append("<h2>Attempts</h2><div class=card>")
-    parts.append(
-        _table(
-            ["attempt", "began", "from step", "steps", "done twice", "back after", "layout", "why it was started"],
-            [
-                [
-                    str(a.number),
-                    f"{a.began_s:.1f} s",
-                    "start" if a.restore_step < 0 else str(a.restore_step),
-                    f"{a.first_step}–{a.last_step}" if a.first_step is not None else "–",
-                    str(a.lost_steps),
-                    f"{a.recovery_s:.2f} s" if a.recovery_s is not None else "–",
-                    a.layout or "–",
-                    a.cause or a.reason or "first",
-                ]
-                for a in facts.attempts
-            ],
-            numeric=(1, 2, 4, 5),
-        )
-    )
-    parts.append("</div>")
+        parts.append(_section("Evaluations", _table(head, rows, numeric)))
+    parts.append(_attempts(facts.attempts))
     if facts.timeline_svg:
-        parts.append(f"<h2>Pipeline: planned and measured</h2><div class=card>{facts.timeline_svg}")
-        if not facts.measured:
-            parts.append("<p class=soft>no trace was recorded: launch.trace = true measures every step</p>")
-        parts.append("</div>")
+        untold = "<p class=soft>no trace was recorded: launch.trace = true measures every step</p>"
+        note = "" if facts.measured else untold
+        parts.append(_section("Pipeline: planned and measured", facts.timeline_svg, note))
     if facts.memory_text:
-        memory = f"<pre class=table>{html.escape(facts.memory_text)}</pre>"
-        parts.append(f"<h2>Memory that the plan foretold</h2><div class=card>{memory}</div>")
-    if facts.checkpoints:
-        parts.append("<h2>Checkpoints</h2><div class=card>")
         parts.append(
-            _table(
-                ["step", "attempt", "size", "state digest"],
-                [
-                    [
-                        str(c["step"]),
-                        str(c.get("attempt") or "–"),
-                        f"{int(c['bytes']) / 1e6:.1f} MB" if c.get("bytes") else "–",
-                        str(c.get("state_digest", "")),
-                    ]
-                    for c in facts.checkpoints
-                ],
-                numeric=(0, 1, 2),
-            )
+            _section("Memory that the plan foretold", f"<pre class=table>{html.escape(facts.memory_text)}</pre>")
         )
-        parts.append("</div>")
+    if facts.checkpoints:
+        parts.append(_checkpoints(facts.checkpoints))
     if facts.sample:
-        parts.append(f"<h2>A sample</h2><div class=card><pre>{html.escape(facts.sample)}</pre></div>")
-    for note in facts.notes:
-        parts.append(f"<p class=soft>{html.escape(note)}</p>")
+        parts.append(_section("A sample", f"<pre>{html.escape(facts.sample)}</pre>"))
+    parts += [f"<p class=soft>{html.escape(note)}</p>" for note in facts.notes]
     parts.append("</main></body></html>")
     return "\n".join(parts)
