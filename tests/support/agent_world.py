@@ -1,6 +1,6 @@
 """A node without its machine: everything around the agent's pure machine, as plain data, driven by a seed.
 
-Plays the supervisor (``run/supervisor.c``'s rules), its ranks, the store's answers, the node's disk and the log; loses
+Plays the supervisor (by ``run/supervisor/``), its ranks, the store's answers, the node's disk and the log; loses
 connections, processes and messages' company at will. Knows what really runs, and says where the agent broke a promise.
 """
 
@@ -194,7 +194,7 @@ class World:
         self.ports(s)
 
     def supervisor_hears(self) -> None:
-        """``run/supervisor.c``."""
+        """``run/supervisor/talk.c``."""
         s = self.supervisor
         assert s is not None
         effect = s.inbox.popleft()
