@@ -196,6 +196,10 @@ def _login_form() -> str:
     return " (PREFECT_API_AUTH_STRING is user:password as the server has it, without quotes, blanks or a line's end)"
 
 
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]
+
+
 def _tls(what: str) -> str:
     """What to do where no connection by TLS comes about; empty where it is another thing."""
     if "CERTIFICATE_VERIFY_FAILED" in what:
@@ -296,7 +300,7 @@ class Client:
                 raise Busy(f"{self.url} answers {code}") from error
             if code >= 500 or code in (408, 429):
                 raise Gone(f"{self.url} answers {code}") from error
-            raise Refused(f"{code}: {error.response.text[:300]}") from error
+            raise Refused(f"{code}: {error.response.text[:300]}{self._older() if code == 422 else ''}") from error
         except httpx.ReadTimeout as error:
             raise Slow(f"no answer at {self.url} within {TIMEOUT_S:.0f} s") from error
         except httpx.TransportError as error:
@@ -304,6 +308,21 @@ class Client:
             raise Gone(f"no answer at {self.url}: {what}{_tls(what)}") from error
         except ValueError as error:  # a gateway's page of HTML where JSON should be
             raise Gone(f"{self.url} does not answer as Prefect does: {str(error)[:120]}") from error
+
+    def _older(self) -> str:
+        """What to say where the server is of an older version than this client, and so does not know all that it
+        sends; empty where it is not, or does not tell.
+        """
+        from importlib.metadata import version
+
+        ours, theirs = version("prefect"), ""
+        with contextlib.suppress(Exception):
+            theirs = str(self.inner._client.get("/admin/version", timeout=2.0).json())
+        if not re.match(r"\d+\.\d+\.\d+", theirs) or _numbers(theirs) >= _numbers(ours):
+            return ""
+        return (
+            f"; the server is Prefect {theirs} and this is {ours}, which says what older ones do not know: upgrade it"
+        )
 
     def check(self) -> None:
         """An answer that needs the credentials."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,6 +126,29 @@ def test_a_server_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
             with temporary_settings(updates=known):
                 assert answers(url)
         server.shutdown()
+
+
+@pytest.mark.parametrize(("theirs", "told"), [("3.1.15", True), ("999.0.0", False), ("?", False)])
+def test_a_server_that_does_not_know_what_is_asked_because_it_is_older(theirs: str, told: bool) -> None:
+    class Older(_Healthy):
+        def answer(self) -> None:
+            body = json.dumps(theirs if self.path.endswith("/admin/version") else {"type": "extra_forbidden"}).encode()
+            self.send_response(200 if self.path.endswith("/admin/version") else 422)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = answer
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Older) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with (
+            Client.open(f"http://127.0.0.1:{server.server_port}/api") as client,
+            pytest.raises(Refused, match=r"^422: .*extra_forbidden") as caught,
+        ):
+            client.check()
+        server.shutdown()
+    assert (f"the server is Prefect {theirs} and this is 3." in str(caught.value)) is told
 
 
 def test_a_file_of_authorities_that_is_none(tmp_path: Path) -> None:
