@@ -60,7 +60,7 @@ class Prefect:
             self._look()
             return self.connect()
         if self._found is not None:
-            if not answers(self._found.url) and not self._told:
+            if not answers() and not self._told:
                 self._told = True
                 self.say(
                     f"Prefect does not answer at {self._found.shown} ({self._found.source}){without_api(self._found)}: "

@@ -176,9 +176,9 @@ def without_api(found: Configured) -> str:
     return f", but a server does at {found.shown.rstrip('/')}/api: set that"
 
 
-def answers(url: str, timeout_s: float = 2.0) -> bool:
-    """True where a Prefect API answers at this URL (…/api): asked as Prefect's own client asks, with what its settings
-    say of authorities, logins and headers.
+def answers(url: str | None = None, timeout_s: float = 2.0) -> bool:
+    """True where a Prefect API answers at this URL (…/api; None: the one that Prefect's settings name), asked as
+    Prefect's own client asks: with what its settings say of authorities and headers.
     """
     try:
         with Client.open(url) as client:
@@ -194,6 +194,12 @@ def _login_form() -> str:
     if not said or (":" in said and said.strip(" \t\r\n\"'") == said):
         return ""
     return " (PREFECT_API_AUTH_STRING is user:password as the server has it, without quotes, blanks or a line's end)"
+
+
+_NO_HEADER = (
+    "the API key, the login or a header holds what no header can, such as a line's end: take it out of "
+    "PREFECT_API_KEY, PREFECT_API_AUTH_STRING or PREFECT_CLIENT_CUSTOM_HEADERS"
+)
 
 
 def _numbers(version: str) -> list[int]:
@@ -253,6 +259,9 @@ class Client:
         settings: dict[str, Any] = {"timeout": httpx.Timeout(TIMEOUT_S)}
         try:
             inner = SyncPrefectClient(url, httpx_settings=settings) if url else get_client(settings, sync_client=True)
+        except UnicodeEncodeError as error:
+            context.__exit__(None, None, None)
+            raise Refused(_NO_HEADER) from error
         except (httpx.InvalidURL, OSError) as error:
             context.__exit__(None, None, None)
             raise Refused(
@@ -303,6 +312,8 @@ class Client:
             raise Refused(f"{code}: {error.response.text[:300]}{self._older() if code == 422 else ''}") from error
         except httpx.ReadTimeout as error:
             raise Slow(f"no answer at {self.url} within {TIMEOUT_S:.0f} s") from error
+        except httpx.LocalProtocolError:  # what is sent does not hold; its words show the key
+            raise Refused(_NO_HEADER) from None
         except httpx.TransportError as error:
             what = str(error) or type(error).__name__
             raise Gone(f"no answer at {self.url}: {what}{_tls(what)}") from error

@@ -27,6 +27,7 @@ from k8s.views import ContainerView, EventView, JobView, PodView
 from trainer.failures import (
     CANNOT_RUN,
     CAUSAL,
+    NOT_OURS,
     POD_REASONS,
     SIGKILL,
     TURNED_AWAY,
@@ -56,6 +57,8 @@ _SHORT = {
     "Insufficient": "the machines lack that resource: correct launch.resources or launch.fabric",
     "untolerated taint": "add a toleration (launch.tolerations), or use other machines",
     "node affinity": "correct launch.node_selector; machines with two strikes are left out (`hotstage runs show RUN`)",
+    "were unschedulable": "machines are cordoned: `kubectl uncordon` them, or add others",
+    "Too many pods": "machines hold as many pods as they may: add others",
     "unbound": "a volume of launch.pod_patch has no storage behind it: create its claim",
 }
 
@@ -166,6 +169,13 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
         return found(
             Failure.CONFIG, f"has an agent that refuses to start: {said}", "correct launch.store_secret or the store"
         )
+    if (
+        agent.state != "running"
+        and agent.restarts > 0
+        and _cannot_run(agent.last_code, agent.last_reason, agent.last_message)
+    ):
+        said = _last_line(agent.last_message) or f"it ends with {agent.last_code}"
+        return found(Failure.CONFIG, f"cannot run its agent: {said}", _image_mend("launch.agent_image", "agent", said))
     if engine.state == "terminated":
         return replace(found(*_exit_words(engine)), code=engine.exit_code)
     if pod.phase == "Failed":
@@ -201,14 +211,29 @@ def _exit_words(engine: ContainerView) -> tuple[Failure, str, str]:
         return cls, f"lost its supervisor: signal {code - 128}{said}", "`hotstage logs RUN` has the last words"
     if code == 128 + SIGKILL:
         return cls, f"lost its supervisor: killed ({code}){said}", ""
-    cls = POD_REASONS[engine.reason] if engine.reason in CANNOT_RUN else cls
-    if cls is Failure.CONFIG:
-        return (
-            cls,
-            f"cannot run its engine: {engine.message or code}",
-            "correct launch.image: it does not hold the engine",
-        )
+    if _cannot_run(code, engine.reason, engine.message):
+        text = f"cannot run its engine: {_last_line(engine.message) or f'it ended with {code}'}"
+        return Failure.CONFIG, text, _image_mend("launch.image", "engine", engine.message)
     return cls, f"ended with {code}{said}", ""
+
+
+_OTHER_PROCESSOR = ("no match for platform", "exec format error")
+
+
+def _cannot_run(code: int | None, reason: str, message: str) -> bool:
+    """Whether a container's end says that its image does not hold what it is to run. 64: a command line that another
+    program did not understand.
+    """
+    return code in (*NOT_OURS, 64) or reason in CANNOT_RUN or _OTHER_PROCESSOR[1] in message
+
+
+def _image_mend(key: str, what: str, message: str) -> str:
+    if any(words in message for words in _OTHER_PROCESSOR):
+        return (
+            "the image is not made for that machine's processors: take one of theirs, or other machines "
+            '(launch.node_selector."kubernetes.io/arch")'
+        )
+    return f"correct {key}: it does not hold the {what}, or that of another version"
 
 
 def _memory(who: str, needs: int, limit: int) -> tuple[str, str]:
@@ -252,9 +277,8 @@ def _never_starts(container: ContainerView) -> tuple[str, str] | None:
         return f"{container.reason}: {container.message}", _NEVER_STARTS[container.reason]
     if container.reason in ("ErrImagePull", "ImagePullBackOff") and _NO_IMAGE.search(container.message):
         mend = "correct launch.image or launch.agent_image, or add imagePullSecrets (launch.pod_patch)"
-        if "no match for platform" in container.message:
-            mend = "the image is not made for that machine's processors: take one of theirs, or other machines "
-            mend += '(launch.node_selector."kubernetes.io/arch")'
+        if _OTHER_PROCESSOR[0] in container.message:
+            mend = _image_mend("", "", container.message)
         return f"{container.reason}: {container.message}", mend
     return None
 

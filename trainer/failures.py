@@ -177,16 +177,22 @@ def of_signal(signal: int) -> Failure:
     return Failure.INFRA if signal == SIGTERM else Failure.SIGNAL
 
 
+NOT_OURS = (1, 2, 126, 127)
+"""Codes that no engine ends with: another program did, or none could be run."""
+LAST_SIGNAL = 64
+
+
 def of_supervisor(code: int) -> Failure:
     """Of the exit code of a node's supervisor as a container runtime tells it: 128 + n for signal n.
 
-    A supervisor that was killed (137) or ended early (0) lost its node, which is no verdict on the program.
+    A supervisor that was killed (137) or ended early (0) lost its node, which is no verdict on the program; nor is 255,
+    which a runtime tells of what it found gone after its machine had started again.
     """
     if code in EXITS and code:
         return of_code(code)
-    if code in (126, 127):  # the runtime could not run it
+    if code in NOT_OURS:
         return Failure.CONFIG
-    if code - 128 not in (SIGKILL, SIGTERM) and code > 128:
+    if code - 128 not in (SIGKILL, SIGTERM) and 128 < code <= 128 + LAST_SIGNAL:
         return Failure.SIGNAL
     return Failure.INFRA
 

@@ -31,6 +31,11 @@ def session() -> boto3.session.Session:
             "the region is set and empty (AWS_DEFAULT_REGION, or the profile's region): write it as eu-west-1, or "
             "leave it out"
         )
+    if region and region != region.strip():
+        raise StoreRefused(
+            f"the region is {region!r} (AWS_DEFAULT_REGION, AWS_REGION, or the profile's region): write it as "
+            "eu-west-1, without a blank or a line's end"
+        )
     return made if made.region_name else _prepared(boto3.session.Session(region_name=region))
 
 

@@ -195,7 +195,7 @@ def serve(store: str | None, every: float) -> int:
         say("Prefect's settings name no server (PREFECT_API_URL is not set): open runs are driven, nothing is served")
         serve_until_signal(None)
         return 0
-    if not answers(found.url):
+    if not answers():
         say(f"waiting for Prefect at {found.shown}")
     from flows.deployments import on_demand
     from flows.serve import Server

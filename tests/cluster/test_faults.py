@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from k8s.render import DEFAULT_AGENT_IMAGE, DEFAULT_IMAGE
 from tests.cluster.cluster import Cluster
 from tests.cluster.control import HOST, compact
 from tests.cluster.gang import SPEC, STEPS, Gang, Table, ended, fill_memory, gang, secret, send, step_of, until
@@ -338,6 +339,15 @@ def test_an_image_that_is_nowhere(one: Gang, judge: Judge) -> None:
     assert (result["outcome"], result["exit_code"]) == ("gave_up", 78)
     assert "ErrImageNeverPull" in result["reason"]
     judge.row(one, "image missing", result["reason"], ended(one.resume(result["run"], PATCH + "{}")))
+
+
+def test_images_that_were_swapped(one: Gang, judge: Judge) -> None:
+    one.sets += [f"launch.image={DEFAULT_AGENT_IMAGE}", f"launch.agent_image={DEFAULT_IMAGE}"]
+    done = ended(one.start())
+    assert (done["outcome"], done["exit_code"]) == ("gave_up", 78), done
+    assert "cannot run its agent" in done["reason"]
+    right = (f"launch.image={DEFAULT_IMAGE}", f"launch.agent_image={DEFAULT_AGENT_IMAGE}")
+    judge.row(one, "images swapped", done["reason"], ended(one.resume(done["run"], *right)))
 
 
 def test_wrong_credentials_of_the_store(one: Gang, judge: Judge) -> None:

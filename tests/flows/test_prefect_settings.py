@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import threading
+import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from prefect.settings import (
+    PREFECT_API_KEY,
     PREFECT_API_SSL_CERT_FILE,
     PREFECT_API_TLS_INSECURE_SKIP_VERIFY,
     PREFECT_API_URL,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
     temporary_settings,
 )
 
@@ -90,6 +94,28 @@ def test_a_login_of_another_form_is_told_without_its_value(
         client.call(refuse)
     assert ("is user:password as the server has it" in str(caught.value)) is told
     assert not login or login not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [{PREFECT_API_KEY: "hush\n"}, {PREFECT_API_KEY: "hüsh"}, {PREFECT_CLIENT_CUSTOM_HEADERS: {"X-Tok": "hush\n"}}],
+)
+def test_what_no_header_can_hold_is_told_and_not_shown(held: dict[Any, Any]) -> None:
+    """A key as a Secret has it that was made with `echo`."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Healthy) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        with (
+            temporary_settings(updates={PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}/api", **held}),
+            pytest.raises(
+                Refused, match="no header can, such as a line's end: take it out of PREFECT_API_KEY"
+            ) as caught,
+            Client.open(None) as client,
+        ):
+            client.check()
+        server.shutdown()
+    told = "".join(traceback.format_exception(caught.value))
+    assert "hush" not in told
+    assert "hüsh" not in told
 
 
 def test_a_proxy_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ WAITS: dict[str, tuple[PodView | None, list[EventView], str]] = {
     "no memory": (unscheduled("2 Insufficient memory"), [], "more stages"),
     "taint": (unscheduled("1 node(s) had untolerated taint"), [], "launch.tolerations"),
     "affinity": (unscheduled("didn't match Pod's node affinity/selector"), [], "two strikes"),
+    "cordoned": (unscheduled("0/2 nodes are available: 2 node(s) were unschedulable."), [], "kubectl uncordon"),
+    "full": (unscheduled("0/2 nodes are available: 2 Too many pods."), [], "as many pods as they may"),
     "gate": (unscheduled("", "SchedulingGated"), [], "scheduling gate"),
     "pulling": (
         pod(1, ContainerView("waiting", "ErrImagePull", "lookup reg.example: no such host"), phase="Pending"),
@@ -137,6 +139,37 @@ LOSSES: dict[str, tuple[PodView, str, str, str]] = {
     "no engine in the image": (
         pod(1, ContainerView("terminated", "StartError", "exec: not found", exit_code=128), phase="Failed"),
         *("config", "cannot run its engine", "launch.image"),
+    ),
+    "another program in the engine's image": (
+        pod(1, ContainerView("terminated", "Error", "agent: error: the following arguments …", 2), phase="Failed"),
+        *("config", "cannot run its engine: agent: error", "launch.image: it does not hold the engine"),
+    ),
+    "an engine of other processors": (
+        pod(1, ContainerView("terminated", "Error", "exec /hotstage-engine: exec format error", 255), phase="Failed"),
+        *("config", "exec format error", "is not made for that machine's processors"),
+    ),
+    "a machine that has started again": (
+        pod(1, ContainerView("terminated", "Unknown", exit_code=255), phase="Failed"),
+        *("infra", "ended with 255", ""),
+    ),
+    "another program in the agent's image": (
+        pod(1, ContainerView(), ContainerView("waiting", "CrashLoopBackOff", restarts=1, last_code=64)),
+        *("config", "cannot run its agent: it ends with 64", "launch.agent_image: it does not hold the agent"),
+    ),
+    "no agent in the image": (
+        pod(
+            1,
+            ContainerView(),
+            ContainerView(
+                "waiting",
+                "CrashLoopBackOff",
+                restarts=1,
+                last_code=128,
+                last_reason="StartError",
+                last_message='exec: "--store": not found',
+            ),
+        ),
+        *("config", 'cannot run its agent: exec: "--store": not found', "launch.agent_image"),
     ),
     "evicted by its own limit": (
         pod(1, phase="Failed", reason="Evicted", message='Usage of EmptyDir volume "work" exceeds the limit "1Mi"'),

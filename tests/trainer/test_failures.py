@@ -30,9 +30,10 @@ def test_a_code_has_the_class_that_exit_h_says(code: int) -> None:
 def test_classes_of_other_ends() -> None:
     assert (of_code(1), of_code(255)) == (Failure.BUG, Failure.BUG)
     assert (of_signal(signal.SIGTERM), of_signal(signal.SIGKILL)) == (Failure.INFRA, Failure.SIGNAL)
-    told = {code: of_supervisor(code) for code in (0, 1, 126, 127, 137, 139, 143, -1)}
+    told = {code: of_supervisor(code) for code in (0, 1, 2, 126, 127, 137, 139, 143, 255, -1)}
     assert told == {
-        0: "infra", 1: "infra", 126: "config", 127: "config", 137: "infra", 139: "signal", 143: "infra", -1: "infra"
+        0: "infra", 1: "config", 2: "config", 126: "config", 127: "config", 137: "infra", 139: "signal", 143: "infra",
+        255: "infra", -1: "infra",
     }  # fmt: skip
 
 

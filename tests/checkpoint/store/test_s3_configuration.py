@@ -206,6 +206,7 @@ def test_which_region_is_taken(peer: HostileS3, keys: None, home: Path, monkeypa
     [
         ({"AWS_ENDPOINT_URL": "localhost:9000"}, "localhost:9000; write AWS_ENDPOINT_URL as http://host:port"),
         ({"AWS_ENDPOINT_URL_S3": "http:/a"}, "http:/a; write AWS_ENDPOINT_URL_S3 as http://host:port"),
+        ({"AWS_REGION": "eu-west-1\n"}, r"the region is 'eu-west-1\\n' .* without a blank or a line's end"),
         ({"AWS_REGION": "eu west"}, "'eu west' .*; write AWS_REGION as eu-west-1"),
         ({"AWS_CONFIG_FILE": "{bad}"}, "Unable to parse config file: .*; mend that file"),
         ({"AWS_REQUEST_CHECKSUM_CALCULATION": "never"}, "never.*; correct it where it is said"),
