@@ -196,8 +196,9 @@ def test_storms_are_ridden_out(server: ApiServer, watcher: ObjectWatcher[PodView
     before = sum(server.requests.values())
     began = time.monotonic()
     until(lambda: time.monotonic() - began > 1.2, "the storm")
-    # the longest pause is 0.4 s here, half of it at least: a list and a watch each time
-    assert sum(server.requests.values()) - before <= 2 * (1.2 / 0.2) + 10
+    asked = sum(server.requests.values()) - before
+    # the longest pause is 0.4 s here, half of it at least: a list and a watch each time; so many more on a busy machine
+    assert asked <= 2 * (time.monotonic() - began) / 0.2 + 10
     assert set(watcher.sight().objects) == {"a"}  # what was known stays
     server.storms.clear()
     server.put(PODS_AT, pod("b", JOB, 1))
@@ -275,7 +276,8 @@ def test_a_thousand_pods_are_all_tracked(server: ApiServer, watcher: ObjectWatch
     before = sum(server.requests.values())
     began = time.monotonic()
     until(lambda: time.monotonic() - began > 1.0, "an idle second")
-    assert sum(server.requests.values()) - before <= 3
+    asked = sum(server.requests.values()) - before
+    assert asked <= 2 + (time.monotonic() - began)  # however long that second was
 
 
 def test_an_api_error_says_what_was_asked(server: ApiServer) -> None:
