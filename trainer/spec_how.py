@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from collections.abc import Mapping
@@ -271,11 +272,11 @@ class LaunchSpec(Section):
     connect_s: float = Field(60.0, gt=0, le=3600, description="deadline for all ranks to find each other")
     stall_s: float = Field(120.0, gt=0, le=86_400, description="deadline of every wait inside a step")
     trace: bool = Field(False, description="record the time of every instruction")
-    host: str = Field("127.0.0.1", min_length=1, max_length=63, description="address that local ranks listen on")
+    host: str = Field("127.0.0.1", min_length=1, max_length=63, description="IP address that local ranks listen on")
     port_base: int = size(0, low=0, high=65_000, text="first port of the ranks; 0: any free ones, in pods 7400 and on")
     namespace: str = Field("default", pattern=DNS_LABEL, description="kubernetes")
-    image: str = Field("", description="kubernetes: image of the engine")
-    agent_image: str = Field("", description="kubernetes: image of the agent; unset: same as image")
+    image: str = Field("", description="kubernetes: image of the engine; unset: this version's")
+    agent_image: str = Field("", description="kubernetes: image of the agent, another one; unset: this version's")
     service_account: str = Field("", description="kubernetes: service account of the pods; unset: the default one")
     resources: Quantities = Field(default_factory=dict, description="kubernetes: of the engine, e.g. cpu, memory")
     agent_resources: Quantities = Field(default_factory=dict, description="kubernetes: of the agent")
@@ -291,6 +292,17 @@ class LaunchSpec(Section):
     spread: str = Field(
         "kubernetes.io/hostname", description="kubernetes: topology that pods are spread over; empty: they are not"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> LaunchSpec:
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            raise ValueError(
+                f"host {shown(self.host)} is no address, and ranks do not listen on a name: write one of this "
+                "machine's, such as 127.0.0.1 or ::1"
+            ) from None
+        return self
 
 
 class OtherLayout(Section):

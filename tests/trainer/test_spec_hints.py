@@ -117,6 +117,7 @@ def test_a_file_that_is_no_utf8_says_what_it_is(tmp_path: Path, data: bytes, wor
         ("train.precision=bf16-mixed", ": write 'bf16'"),
         ("train.optimizer.name=AdamW", "'adamw' or 'muon': write 'adamw'"),
         ("launch.host=''", "launch.host is empty"),
+        ("launch.host=localhost", "launch.host 'localhost' is no address, and ranks do not listen on a name: write"),
         ("launch.queue='" + "q" * 64 + "'", "launch.queue has 64 characters, at most 63; shorten it"),
     ],
 )
