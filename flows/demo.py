@@ -185,14 +185,14 @@ def _demo(
 
 def _show_plan(prepared: Prepared, say: Callable[[str], None]) -> None:
     from flows.show import foretell
-    from trainer.plan.draw import timeline_text
+    from trainer.plan.draw import seconds_text, timeline_text
 
     simulation = foretell.simulate(prepared.plan)
     told = foretell.facts(prepared.plan, prepared.spec, simulation)
     say(str(told["memory_text"]))
     say("")
     say(timeline_text(simulation.timeline))
-    say(f"a step: {simulation.step_seconds * 1e3:.0f} ms foretold")
+    say(f"a step: {seconds_text(simulation.step_seconds)} foretold")
 
 
 def _train(prepared: Prepared, store: Store, hosted: Hosted, voice: Voice) -> Outcome:

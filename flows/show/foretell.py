@@ -16,7 +16,7 @@ from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.plan import Plan, compile_plan
 from trainer.plan.devices import DeviceSheet, assumptions, cost_of, fits, on_device, on_host, smaller_chunks
-from trainer.plan.draw import memory_text
+from trainer.plan.draw import memory_text, seconds_text
 from trainer.plan.memory import more_threads_bytes
 from trainer.plan.simulate import CostModel, Simulation, from_plan
 from trainer.plan.simulate import simulate as play
@@ -108,7 +108,7 @@ def foretold_line(plan: Plan, spec: RunSpec, simulation: Simulation, where: str)
     """The step's time, what comes of it, and what its ranks idle."""
     many = " (the one that is drawn stands alone; in a run the next begins before it is checked)" * ahead(plan)
     return (
-        f"a step: {simulation.step_seconds * 1e3:.1f} ms foretold on {where}{many}, "
+        f"a step: {seconds_text(simulation.step_seconds)} foretold on {where}{many}, "
         f"{spec.train.tokens / simulation.step_seconds:,.0f} tokens/s, "
         f"bubble {_bubbles(simulation.bubble, spec.parallel.replicas)}, MFU {simulation.mfu:.0%}"
     )

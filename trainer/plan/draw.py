@@ -23,16 +23,18 @@ _DRAWN = 64
 """Ranks that are drawn as text, at most."""
 
 
-def _seconds(value: float) -> str:
+def seconds_text(value: float) -> str:
     """A time in the unit that reads best.
 
-    >>> [_seconds(x) for x in (0.0000125, 0.0042, 1.5)]
-    ['12.5 us', '4.2 ms', '1.5 s']
+    >>> [seconds_text(x) for x in (0.0000125, 0.0042, 0.9999, 1.5, 1_234.0, 90_000.0, float("inf"))]
+    ['12.5 us', '4.2 ms', '0.9999 s', '1.5 s', '1234 s', '25 h', 'never']
     """
+    if value == float("inf"):
+        return "never"
     for unit, factor in (("us", 1e6), ("ms", 1e3)):
-        if value * factor < 1000:
+        if value * factor < 999.5:
             return f"{value * factor:.3g} {unit}"
-    return f"{value:.4g} s"
+    return f"{value:.4g} s" if value < 3600 else f"{value / 3600:,.4g} h"
 
 
 def _cells(events: Sequence[Span], seconds: float, columns: int) -> str:
@@ -86,7 +88,7 @@ def timeline_text(timeline: Timeline, columns: int = 100, replicas: int = 1) -> 
         row(rank) == row(other) for rank in _ends(ranks) for other in range(rank + ranks, timeline.ranks, ranks)
     )
     ranks = ranks if alike else timeline.ranks
-    title = f"{timeline.title}: {_seconds(timeline.seconds)} a step" if timeline.title else "a step"
+    title = f"{timeline.title}: {seconds_text(timeline.seconds)} a step" if timeline.title else "a step"
     lines = [title.ljust(margin + width) + " bubble"]
     shown = _ends(ranks)
     for before, rank in zip([-1, *shown], shown, strict=False):
@@ -131,7 +133,7 @@ def timeline_svg(timelines: Timeline | Sequence[Timeline], width: int = 960) -> 
     body: list[str] = []
     y = 8
     for timeline in many:
-        title = f"{timeline.title or 'step'}: {_seconds(timeline.seconds)}"
+        title = f"{timeline.title or 'step'}: {seconds_text(timeline.seconds)}"
         y += 14
         body.append(f'<text x="{left}" y="{y}" font-weight="600">{escape(title)}</text>')
         y += 8
@@ -167,9 +169,8 @@ def _svg_block(event: Span, left: int, y: int, lane: int, scale: float) -> str:
     x, wide = left + event.start * scale, event.seconds * scale
     thin = event.kind in ("send", "recv")
     top, high = (y + lane // 2 - 2, 4) if thin else (y, lane)
-    tip = (
-        f"rank {event.rank} {event.action}: {KINDS[event.kind]}, {_seconds(event.seconds)} from {_seconds(event.start)}"
-    )
+    took, began = seconds_text(event.seconds), seconds_text(event.start)
+    tip = f"rank {event.rank} {event.action}: {KINDS[event.kind]}, {took} from {began}"
     block = (
         f'<rect class="k-{event.kind}" x="{x:.2f}" y="{top}" width="{max(wide - 0.5, 0.4):.2f}" height="{high}" '
         f'rx="{1 if thin else 2}"><title>{escape(tip)}</title></rect>'
@@ -185,7 +186,7 @@ def _svg_axis(longest: float, left: int, y: int, span: int) -> str:
     for tick in range(5):
         x = left + span * tick / 4
         marks.append(f'<line class="rule" x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 4}"/>')
-        marks.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="middle">{_seconds(longest * tick / 4)}</text>')
+        marks.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="middle">{seconds_text(longest * tick / 4)}</text>')
     rule = f'<line class="rule" x1="{left}" y1="{y}" x2="{left + span}" y2="{y}"/>'
     return rule + "".join(marks)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
+from trainer.plan.draw import seconds_text
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.estimate import KINDS, TENSOR_EXPOSED, Estimate
 from trainer.planner.layouts import MARK
@@ -122,17 +123,6 @@ def count_text(value: float) -> str:
         if value >= factor:
             return f"{value / factor:.3g} {unit}"
     return f"{value:,.0f}"
-
-
-def seconds_text(value: float) -> str:
-    """A time in the unit that reads best.
-
-    >>> [seconds_text(x) for x in (0.0042, 1.5, 125.0, 90_000.0, float("inf"))]
-    ['4.2 ms', '1.5 s', '125 s', '25 h', 'never']
-    """
-    if value == float("inf"):
-        return "never"
-    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s" if value < 3600 else f"{value / 3600:.3g} h"
 
 
 def gigabytes(value: float) -> str:
