@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 CANNOT = 69
+OLDEST = (3, 11)
 BARE = Path(__file__).resolve().parent / "bare"
 NEEDED = {"numpy": "numpy", "pydantic": "pydantic", "pytest": "pytest"}
 STAND_INS = ("msgpack", "safetensors")  # in BARE
@@ -51,6 +52,13 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="stages whose name begins so, and the build")
     parser.add_argument("--again", default="", metavar="NAME,NAME", help="do these again, whatever came out before")
     options = parser.parse_args()
+    if sys.version_info < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        say(
+            f"{sys.executable} is Python {sys.version.split()[0]}, and {oldest} or newer is needed: "
+            "run this with another one (make: GPU_PYTHON)"
+        )
+        return CANNOT
     missing = missing_packages()
     if missing:
         say(
@@ -78,6 +86,7 @@ def main() -> int:
         "driver": "none" if box.emulated() else gpus[0]["driver_version"],
     }
     environment = {"PYTHONPATH": python_path(stand_ins), "PYTHONUNBUFFERED": "1"} | box.libraries()
+    environment |= box.cache(options.folder / "cache")
     listed = stages()
     if options.what == "test":
         listed = [s for s in listed if not s.name.startswith(FIGURES)]

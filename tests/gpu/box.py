@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.folders import cache_folder
+
 LIBRARIES = {  # what libhs_cuda.so opens, with the wheel that has it
     "libcublasLt.so.13": "nvidia-cublas",
     "libnccl.so.2": "nvidia-nccl-cu13",
@@ -75,6 +77,18 @@ def libraries() -> dict[str, str]:
     """Where the backend looks for libraries (``HOTSTAGE_CUDA_LIBRARIES``, where it is not set already)."""
     name, folders = "HOTSTAGE_CUDA_LIBRARIES", library_folders()
     return {} if name in os.environ or not folders else {name: os.pathsep.join(folders)}
+
+
+def cache(instead: Path) -> dict[str, str]:
+    """A folder for what is compiled once (``XDG_CACHE_HOME``), where the user's own cannot be written or there is none:
+    a home folder of another user, or on a read-only mount."""
+    try:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except (OSError, RuntimeError):
+        writable = False
+    return {} if writable else {"XDG_CACHE_HOME": str(instead.resolve())}
 
 
 def _said(*command: str) -> str:

@@ -179,6 +179,28 @@ def test_without_a_device_each_command_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_older_python_is_told(tmp_path: Path) -> None:
+    """Before anything is imported that it cannot read: containers of PyTorch's had 3.10 for long."""
+    program = "import runpy, sys; sys.version_info, sys.version = (3, 10, 14, 'final', 0), '3.10.14 (main)'; "
+    program += f"sys.argv = ['gpu', 'session', '--folder', {str(tmp_path)!r}]; "
+    program += "runpy.run_module('tests.gpu', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == CANNOT, done.stderr
+    assert "is Python 3.10.14, and 3.11 or newer is needed" in done.stdout
+
+
+def test_a_home_that_cannot_be_written_costs_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle is compiled into the user's cache: without one of their own, into the session's folder."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    assert box.cache(tmp_path / "cache") == {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert box.cache(tmp_path / "cache") == {}
+    monkeypatch.setenv("HOME", "/proc/self")  # root may write into a folder of any rights, and not here
+    assert box.cache(tmp_path / "cache") == {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+
 def test_it_needs_nothing_but_numpy_pydantic_and_pytest() -> None:
     """Every module that a session runs, with all other packages of this environment out of reach."""
     files = sorted(Path(__file__).parent.glob("*.py"))
