@@ -182,9 +182,10 @@ def _have(kind: str, rows: Mapping[str, Any]) -> str:
 
 
 def _no_file(file: str) -> str:
-    if "\n" in file or re.match(r"\s*(apiVersion|kind|clusters|\{)", file):
+    if "\n" in file.strip() or re.match(r"\s*(apiVersion|kind|clusters|\{)", file):
         return "HOTSTAGE_KUBECONFIG or KUBECONFIG holds a kubeconfig itself; write that to a file, and name the file"
-    return f"there is no file {file[:500]}; {_SET}"
+    named = file[:500] if file == file.strip() else f"{file[:500]!r}, which begins or ends with a blank or a line's end"
+    return f"there is no file {named}; {_SET}"
 
 
 def _read(path: str) -> Json:

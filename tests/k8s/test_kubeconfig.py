@@ -176,6 +176,7 @@ def test_of_several_files_the_first_has_the_context(tmp_path: Path, monkeypatch:
     ("text", "words"),
     [
         ('apiVersion: v1\nclusters: [{name: "hush"}]', "holds a kubeconfig itself; write that to a file"),
+        ("/no/config\n", "there is no file '/no/config.n', which begins or ends with a blank or a line's end; set"),
         ("/no/config", "there is no file /no/config; set HOTSTAGE_KUBECONFIG or KUBECONFIG"),
     ],
 )
