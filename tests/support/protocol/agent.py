@@ -248,9 +248,9 @@ class Agent(Process):
                 return ev.Marked(gang.epoch)
             case do.Remember():
                 host.notes = effect.epoch, effect.over, dict(effect.ranks)
-            case do.Upload(epoch=epoch, deadline_s=deadline_s, point=point, stored=stored):
+            case do.Upload(epoch=epoch, deadline_s=deadline_s, point=point, stored=stored, amended=amended):
                 assert self.has is not None
-                self.uploader.begin(Source(epoch, self.has.layout, self.has.table, deadline_s, point, stored))
+                self.uploader.begin(Source(epoch, self.has.layout, self.has.table, deadline_s, point, stored, amended))
                 self.committer.begin(epoch, self.has.layout.ranks, deadline_s)
                 self.to_upload.notify()
             case do.LookForSnapshots():

@@ -13,13 +13,15 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 
 from checkpoint.agent import events as ev
 from checkpoint.agent import groups
+from checkpoint.amendments import Amendments
 from checkpoint.errors import StoreError
-from checkpoint.log import RunLog, RunState
+from checkpoint.log import RunLog, RunState, StartPoint
 from flows.drive.run import ruling_how
 from tests.support.protocol.gate import KILLS, LOSSES, Fault, Gate
 from tests.support.protocol.hub import Process, folds_every, quiet, swapped
@@ -28,7 +30,7 @@ from tests.support.protocol.world import World, dataset_there
 
 STRIKES = 20
 """In one world."""
-STEPS = 24
+STEPS = 18
 AT_ONCE = 12
 """Points that are armed."""
 PATIENCE_S = 3.0
@@ -36,6 +38,8 @@ PATIENCE_S = 3.0
 END_S = 1500.0
 """For a run to end, once nothing strikes any more."""
 ENGINE = ("rank", "supervisor", "machine", "frozen", "cut off")
+SPOILS = 0.01
+"""Share of looks at which bytes of a checkpoint change in the store."""
 LEAVES = 0.005
 """Share of looks at which a gang is asked to leave."""
 INSTANTS = 0.03
@@ -93,6 +97,8 @@ class Striker:
         while len(world.armed) < AT_ONCE:
             point = rng.choice(self.names)
             world.armed[point] = Fault(point, rng.choice((1, 1, 1, 2)), rng.choice(self._ways(point)))
+        if rng.random() < SPOILS:
+            world.spoil()
         if rng.random() < LEAVES:
             self._leave()
         if world.hub.now - self._quiet > PATIENCE_S or rng.random() < INSTANTS:
@@ -125,33 +131,55 @@ class Striker:
             self.rng.choice(processes).kill()
 
 
-def _person(world: World, ranks: int | None) -> None:
-    """Somebody wants another layout; or, without one, that the run goes back to what was saved at some step."""
+def _person(world: World, ranks: int | None, after_s: float) -> None:
+    """Somebody wants another layout; or, without one, that the run goes on from what was saved at some step, past
+    batches, to another end. Also of a run that has ended.
+    """
     process = Process(world.hub, "person", "a person")
+    world.persons.append(process)
     log = RunLog(Gate(world, process), RUN, writer="order", clock=world.hub.clock, token=world.hub.token)
 
     def order(state: RunState) -> tuple[str, dict[str, object]] | None:
-        if state.ended or not state.attempts:
+        if not state.attempts:
             return None
         how = dict(how_of(ranks) if ranks else ruling_how(state) or {})
-        order: dict[str, object] = {"kind": "order", "how": how, "by": "a test", "via": "a test"}
+        amended, start = state.amendments, state.start
         if ranks is None:
-            candidates = list(state.restore_candidates())
-            if not candidates:
-                return None
-            found = world.hub.rng.choice(candidates)
-            order |= {"checkpoint": found.n, "step": found.step}
+            amended, start = _wish(state, world.steps, world.hub.rng)
+        order: dict[str, object] = {"kind": "order", "how": how, "by": "a test", "via": "a test"}
+        if state.ended:
+            order["again"] = True
+        if amended:
+            order["amendments"] = amended.to_map()
+        if start is not None:
+            order |= {"checkpoint": start.checkpoint, "step": start.step}
         return "intervention", order
 
     def work() -> None:
         while True:
             try:
                 log.transact(order)
+                process.kill()
                 return
             except StoreError:
                 world.hub.sleep(1.0)
 
-    world.hub.spawn(process, "order", work)
+    world.hub.at(after_s, None, lambda: world.hub.spawn(process, "order", work))
+
+
+def _wish(state: RunState, steps: int, rng: random.Random) -> tuple[Amendments, StartPoint]:
+    """As ``flows.drive.amend.amend`` allows it."""
+    points = [StartPoint(c.n, c.step) for c in state.restore_candidates()]
+    late = [p for p, q in permutations(points, 2) if p.step < q.step and (p.checkpoint or 0) > (q.checkpoint or 0)]
+    start = rng.choice(late or [*points[:1], *points, StartPoint(None, 0)])  # what was committed late is seldom
+    amended = state.amendments
+    if rng.random() < 0.5:
+        total = max(1, start.step, amended.total(steps) + rng.choice((-8, -1, 3)))
+        amended = replace(amended, steps=0 if total == steps else total)
+    if rng.random() < 0.5:
+        first = amended.batch(start.step) + rng.randint(1, 3)
+        amended = amended.skipping(first, first + rng.randrange(3))
+    return amended, start
 
 
 def run_world(seed: int, names: list[str], work: Path, strikes: int = STRIKES) -> tuple[World, Striker]:
@@ -170,9 +198,9 @@ def _run_world(seed: int, names: list[str], work: Path, strikes: int) -> tuple[W
     )  # fmt: skip
     striker = Striker(world, rng, names, strikes if names else 0)
     try:
-        for other in (rng.choice([n for n in OWNERS if n != ranks]), None):
+        for other in (rng.choice([n for n in OWNERS if n != ranks]), None, None):
             if rng.random() < 0.3:
-                world.hub.at(2.0 + rng.random() * 60.0, None, lambda other=other: _person(world, other))  # type: ignore[misc]
+                _person(world, other, 2.0 + rng.random() * 80.0)
         world.hub.run(lambda: world.outcome is not None or striker.done_at is not None, 100_000.0)
         world.hub.run(lambda: world.outcome is not None, world.hub.now + END_S)
         world.last_look()

@@ -33,7 +33,9 @@ def attempt_body(
     """As ``flows.drive.run.attempt_body`` of a prepared run."""
     ranks = ranks_of(how)
     plan = plan_of(ranks, steps).digest.hex()
-    more = {"order": state.orders[-1].n} if state.orders else {}
+    more: dict[str, Any] = {"order": state.orders[-1].n} if state.orders else {}
+    if state.amendments:
+        more["amendments"] = state.amendments.to_map()
     return {
         "launch": launch, "nodes": ranks, "ranks": ranks, "how": dict(how), "plan": plan, "what": WHAT.hex(),
         "restore": order.restore.to_map(), "reason": order.reason, "slot_epochs": list(order.slot_epochs),
@@ -79,13 +81,15 @@ class Driver(Process):
             self.reader = StatusReader(self.gate, RUN, launch, self.hub.clock)
         nodes = tuple(self.reader.poll(ranks, world.alive(launch)))
         policy = Policy(
-            steps=world.steps, launch=launch, nodes=ranks, ranks=ranks, stall_s=15.0, commit_s=60.0,
-            max_same_step=10**6, max_attempts_without_progress=10**6, backoff_s=0.2, backoff_max_s=2.0, strikes=10**6,
-            layouts=(RunLayout(ranks, ranks, how),),
+            steps=state.amendments.total(world.steps), launch=launch, nodes=ranks, ranks=ranks, stall_s=15.0,
+            commit_s=60.0, max_same_step=10**6, max_attempts_without_progress=10**6, backoff_s=0.2, backoff_max_s=2.0,
+            strikes=10**6, layouts=(RunLayout(ranks, ranks, how),),
         )  # fmt: skip
         seen = Look(self.hub.now, nodes, lost=world.lost(launch))
         decision, self.memory = decide(view, seen, policy, self.memory)
         match decision:
+            case Finished() if world.state.n > state.n or any(p.alive for p in world.persons):  # asked for more
+                pass
             case Finished(outcome):
                 self._on_end(outcome)
                 return True

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from checkpoint.agent import effects as do
 from checkpoint.agent import events as ev
 from checkpoint.agent.slots import Slot
+from checkpoint.log import AttemptInfo
 from tests.support.protocol.hub import Process
 from tests.support.protocol.state import State, advanced, first_state, read_state, write_state, wrong
 from trainer import wire
@@ -159,10 +160,11 @@ class Engine(Process):
             rank.newest, rank.step = restore, slot.look(restore).step
             with slot.data() as data:
                 rank.state = read_state(layout, data)
-        if why := wrong(rank.state, rank.step):
+        gang = self.world.gang(rank.epoch)
+        if why := wrong(rank.state, rank.step, gang.amended):
             self.world.silent(f"rank {rank.number} of attempt {rank.epoch} begins with a wrong state: {why}")
         if not self.world.strike_engine(self, "restore", rank):
-            self.world.gang(rank.epoch).join(rank)
+            gang.join(rank)
 
     def lonely(self, rank: Rank) -> None:
         if rank.alive and not self.world.gang(rank.epoch).whole:
@@ -211,9 +213,9 @@ class Engine(Process):
 class Gang:
     """The ranks of an attempt, as they go together."""
 
-    def __init__(self, world: World, epoch: int, count: int) -> None:
-        self.world, self.epoch, self.count = world, epoch, count
-        self.steps, self.every, self.persists = world.steps, world.every, world.persists
+    def __init__(self, world: World, attempt: AttemptInfo) -> None:
+        self.world, self.epoch, self.count, self.amended = world, attempt.n, attempt.ranks, attempt.amendments
+        self.steps, self.every, self.persists = self.amended.total(world.steps), world.every, world.persists
         self.asked = 0
         """Step at which it was decided last whether to save."""
         self.ranks: dict[int, Rank] = {}
@@ -291,7 +293,7 @@ class Gang:
     def _train(self) -> None:
         for rank in self._ranks():
             rank.step += 1
-            rank.state = {key: advanced(data, rank.step) for key, data in rank.state.items()}
+            rank.state = {key: advanced(data, self.amended.batch(rank.step)) for key, data in rank.state.items()}
             rank.engine.say(ev.RankSaid("METRICS", rank.epoch, rank.number, b'{"step": %d}' % rank.step))
             if self.world.strike_engine(rank.engine, "step", rank):
                 return

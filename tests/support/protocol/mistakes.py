@@ -5,7 +5,7 @@ Each says what is left out, where. They are put into the code from outside (docs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -194,4 +194,27 @@ def collects_what_is_being_saved() -> Iterator[None]:
         return found
 
     with swapped(collector_module._Pass, "_doom", hasty):
+        yield
+
+
+@contextmanager
+def a_line_by_records() -> Iterator[None]:
+    """What lies before a checkpoint is what was recorded before it, whatever its step."""
+
+    def line(self: RunState) -> Iterator[Sequence[int]]:
+        points, attempt, before = self.checkpoints, self.newest_attempt, self.n + 1
+        if (start := self.start) is not None:
+            if (row := points.row_of(start.checkpoint or 0)) is None:
+                return
+            yield (row,)
+            attempt, before = self.attempt(points.epoch[row]), points.n[row]
+        while attempt is not None:
+            own = [row for row in points.rows_of(attempt.n) if points.n[row] < before]
+            yield sorted(own, key=points.step.__getitem__, reverse=True)
+            if (named := points.row_of(attempt.checkpoint or 0)) is None:
+                return
+            yield (named,)
+            attempt, before = self.attempt(points.epoch[named]), points.n[named]
+
+    with swapped(RunState, "_line", line):
         yield

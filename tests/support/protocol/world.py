@@ -17,6 +17,7 @@ from checkpoint import keys
 from checkpoint.agent import effects as do
 from checkpoint.agent.gang import Gang as GangOf
 from checkpoint.agent.slots import Slot, SlotTable
+from checkpoint.amendments import Amendments
 from checkpoint.claims import Place
 from checkpoint.digest import KINDS
 from checkpoint.errors import CheckpointError
@@ -30,7 +31,7 @@ from tests.support.protocol.engine import Engine, Gang, Rank
 from tests.support.protocol.gate import Fault
 from tests.support.protocol.hub import Hub, Process
 from tests.support.protocol.others import Collector, Reader
-from tests.support.protocol.state import DATASET, OWNERS, RUN, TENSORS, plan_of, truth
+from tests.support.protocol.state import DATASET, OWNERS, RUN, TENSORS, amended_of, plan_of, truth
 from trainer.failures import Failure
 
 
@@ -92,6 +93,14 @@ class World:
         """Strikes, all in all."""
         self.away_until = 0.0
         self.state = RunState(RUN)
+        self.line: dict[int, int] = {}
+        """By what happened alone: records of the checkpoints that lead here, and their steps."""
+        self.ordered: int | None = None
+        """The step of an order that no attempt follows yet."""
+        self.persons: list[Process] = []
+        """Who will still ask something of the run."""
+        self.spoilt: set[int] = set()
+        """Checkpoints of which bytes have changed in the store."""
         self.found: dict[str, list[str]] = {"lost": [], "unloadable": [], "silent": []}
         self.outcome: str | None = None
         self.ranks = ranks
@@ -153,9 +162,22 @@ class World:
         if how == "cut off" and host is not None:
             host.gone = True
         if how == "frozen" or self.hub.rng.random() < 0.5:
-            seconds = self.hub.rng.choice((3.0, 15.0, 40.0))
+            seconds = self.hub.rng.choice((3.0, 15.0, 40.0, 90.0))
             for one in host.processes() if host is not None and self.hub.rng.random() < 0.5 else [process]:
                 one.freeze(seconds)
+
+    def spoil(self) -> None:
+        """Bytes of a checkpoint that may be gone on from change where they lie, as long as there is another one."""
+        sound = [c for c in self.state.restore_candidates() if c.n not in self.spoilt]
+        if len(sound) < 2:
+            return
+        info = self.hub.rng.choice(sound[:2])
+        prefix, objects = keys.run_key(RUN, "chunks") + "/", self.shared._objects
+        mine = [k for k in sorted(objects) if k.startswith(prefix) and _point(k) == (info.step, info.epoch)]
+        if mine:
+            self.spoilt.add(info.n)
+            key = self.hub.rng.choice(mine)
+            objects[key] = bytes([objects[key][0] ^ 1]) + objects[key][1:]
 
     def strike_engine(self, engine: Engine, what: str, rank: Rank | None = None) -> bool:
         """Whether something dies here."""
@@ -203,7 +225,7 @@ class World:
         if epoch not in self.gangs:
             attempt = self.state.attempt(epoch)
             assert attempt is not None
-            self.gangs[epoch] = Gang(self, epoch, attempt.ranks)
+            self.gangs[epoch] = Gang(self, attempt)
         return self.gangs[epoch]
 
     def handed(self, rank: Rank | None) -> list[int]:
@@ -237,6 +259,7 @@ class World:
             self.silent(f"log record {n} comes after record {self.state.n}")
             return
         before, self.state = self.state, self.state.apply(record)
+        self._follow(record)
         if record.kind == "attempt":
             self._attempt(before, self.state)
         elif record.kind == "checkpoint":
@@ -246,8 +269,30 @@ class World:
             if record.epoch != before.epoch:
                 self.silent(f"record {n} is of attempt {record.epoch}, which attempt {before.epoch} has fenced")
             self.check(info)
-        elif record.kind == "damaged":
+        elif record.kind == "damaged" and record.body["checkpoint"] not in self.spoilt:
             self.silent(f"record {record.body['checkpoint']} is marked damaged: {record.body['reason']}")
+
+    def _follow(self, record: Record) -> None:
+        """Is the line that leads here the one that the log tells?"""
+        named: int | None = record.body.get("checkpoint")
+        if record.kind == "attempt":
+            named, self.ordered = self.state.attempts[-1].checkpoint, None
+        elif record.kind == "checkpoint":
+            info = self.state.checkpoint(record.n)
+            if info is not None and (self.ordered is None or info.step < self.ordered):
+                self.line[info.n] = info.step
+        if record.kind == "intervention" and "step" in record.body:
+            self.ordered = record.body["step"]
+        elif record.kind != "attempt":
+            named = -1
+        if named != -1:
+            end = (self.line[named], named) if named else (-1, 0)
+            self.line = {n: step for n, step in self.line.items() if (step, n) <= end}
+        gone = self.state.damaged.keys() | self.state.buried.keys()
+        line = sorted(self.line.keys() - gone, key=lambda n: (self.line[n], n), reverse=True)
+        told = [info.n for info in self.state.restore_candidates()]
+        if told != line:
+            self.silent(f"after record {record.n} the log leads back over {told}, what happened over {line}")
 
     def _attempt(self, before: RunState, after: RunState) -> None:
         """Does it go back behind what was saved?"""
@@ -265,7 +310,7 @@ class World:
 
     def deleted(self, key: str) -> None:
         """An object is gone: it was of nothing that anybody may still want."""
-        point = keys.point_of(key.removeprefix(keys.run_key(RUN) + "/"))
+        point = _point(key)
         if point is None:
             self.silent(f"{key} is deleted, which is no checkpoint's")
             return
@@ -278,13 +323,14 @@ class World:
         if info.n not in self.state.buried or named or info.n in self.state.pins.values():
             self.found["unloadable"].append(f"{key} is deleted, of record {info.n}, which is not given up")
 
-    def check(self, info: CheckpointInfo) -> None:
+    def check(self, info: CheckpointInfo, amended: Amendments | None = None) -> None:
         """Everything that this record names is there, and is the state of its step."""
+        amended = amended_of(self.state, info) if amended is None else amended
         try:
             reader = StateReader(self.shared, load_manifest(self.shared, RUN, info))
             for number, tensor in enumerate(TENSORS):
                 for kind in range(len(KINDS)):
-                    if bytes(reader.read(tensor.name, kind)) != truth(number, kind, info.step):
+                    if bytes(reader.read(tensor.name, kind)) != truth(number, kind, info.step, amended):
                         self.silent(f"record {info.n}: tensor {tensor.name} is not that of step {info.step}")
         except CheckpointError as error:
             self.found["unloadable"].append(f"record {info.n}, step {info.step}: {error}")
@@ -295,15 +341,20 @@ class World:
         if state != self.state:
             self.silent("the log reads otherwise than its records were written")
         for info in state.checkpoints:
-            if state.usable(info):
+            if state.usable(info) and info.n not in self.spoilt:
                 self.check(info)
+        if state.ended and state.ended.failure == Failure.RESTORE and not state.restore_candidates() and self.spoilt:
+            return  # that it cannot go on is so
         if self.outcome != "succeeded":
             words = state.ended.reason if state.ended else self.stuck()
             self.found["lost"].append(f"the run has come to {self.outcome or 'no end'}: {words}")
             return
         best = state.at_step()
-        if best is None or best.step < self.steps:
-            self.silent(f"the run ended well at step {best.step if best else 0} of {self.steps}")
+        total = state.amendments.total(self.steps)
+        if best is None or best.step < total:
+            self.silent(f"the run ended well at step {best.step if best else 0} of {total}")
+        elif best.n not in self.spoilt:
+            self.check(best, state.amendments)
 
     def stuck(self) -> str:
         newest = self.state.newest_attempt
@@ -316,6 +367,10 @@ class World:
             for h in hosts
         ]
         return f"log at {self.state.n}, attempt {self.state.epoch}; " + "; ".join(said)
+
+
+def _point(key: str) -> tuple[int, int] | None:
+    return keys.point_of(key.removeprefix(keys.run_key(RUN) + "/"))
 
 
 def dataset_there(work: Path) -> None:
