@@ -183,10 +183,8 @@ class Scene:
             self._kill_server(how)
         elif victim == "driver" and run is not None:
             pid = self.driver_of(run)
-            if pid is None or pid == self.schedule.pid:
+            if pid is None or pid == self.schedule.pid or not _signalled(pid, how):
                 victim = "schedule"
-            else:
-                os.kill(pid, how)
         if victim == "schedule":
             self._kill_schedule(how)
         self.campaign.kills[f"{victim} {how.name}"] += 1
@@ -275,6 +273,15 @@ class Scene:
                 found["differ"].append(f"{name}: {ended.outcome} {ended.reason[:120]} {ended.state_digest}")
 
 
+def _signalled(pid: int, how: signal.Signals) -> bool:
+    """Whether it was still there: a driver may have ended by itself since it was seen."""
+    try:
+        os.kill(pid, how)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def run(kills: int, seed: int, folder: Path, digest: str) -> Campaign:
     """So many kills, one after the other. ``digest``: of the same spec, undisturbed."""
     scene = Scene(folder, seed)
@@ -315,7 +322,7 @@ def main() -> int:
         place = Place(Path(folder) / "undisturbed", LASTING)
         digest = str(place.train("parallel.stages=1")["state_digest"])
         campaign = run(asked.kills, asked.seed, Path(folder) / "scene", digest)
-    print(report(campaign))
+        print(report(campaign), flush=True)
     return 0 if campaign.good else 1
 
 
