@@ -432,10 +432,11 @@ class Page:
         points = on_line(index.curve(), ordered_back(state))
         self._curve = {**{step: point.loss for step, point in points.items()}, **self._curve}
         last: float | None = None
+        failed = {a.epoch for a in state.attempts if a.body.get("cause")}
         for epoch, row in sorted(index.rows.items()):
             low, high = self._spans.get(epoch, (row.first.step, row.last.step))
             self._spans[epoch] = (min(low, row.first.step), max(high, row.last.step))
-            if last is not None:
+            if last is not None and epoch in failed:
                 self._back.setdefault(epoch, row.first.time - last)
             last = row.last.time
 

@@ -168,7 +168,7 @@ def _layout(attempt: AttemptInfo) -> str:
 
 def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[AttemptFact]:
     """Attempts with the steps that each did, what was done twice (without what an order left), and how long until steps
-    came again.
+    came again after a failure (not where a person resumed it: nobody waited).
 
     ``rows``: of the index of metrics, by epoch.
     """
@@ -178,7 +178,8 @@ def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[Attem
     for number, attempt in enumerate(state.attempts, 1):
         reached = back.get(attempt.epoch, reached)
         row = rows.get(attempt.epoch)
-        recovery = row.first.time - last_time if out and row is not None and last_time is not None else None
+        failed = bool(attempt.body.get("cause"))
+        recovery = row.first.time - last_time if failed and row is not None and last_time is not None else None
         out.append(
             AttemptFact(
                 number=number,

@@ -47,6 +47,7 @@ class AttemptFact:
     last_step: int | None = None
     lost_steps: int = 0
     recovery_s: float | None = None
+    """Until steps came again, where a failure caused it."""
     layout: str = ""
     reason: str = ""
     """Where no failure caused it: the order that did, or the start."""
@@ -182,7 +183,7 @@ def _section(title: str, *parts: str) -> str:
 
 def _cards(facts: ReportFacts) -> str:
     losses = list(facts.curve.values())
-    recoveries = [a.recovery_s for a in facts.attempts if a.recovery_s is not None and a.cause]
+    recoveries = [a.recovery_s for a in facts.attempts if a.recovery_s is not None]
     cards = [
         (facts.outcome, "outcome"),
         (f"{facts.steps:,}", "optimizer steps"),

@@ -103,8 +103,11 @@ def test_lines_that_an_order_has_left_are_not_told() -> None:
     assert sorted(on_line(points, ordered_back(state))) == [3, 5]
     rows = {1: AttemptRow(points[3], points[9], 0, 1), 4: AttemptRow(points[5], points[5], 0, 1)}
     assert [fact.lost_steps for fact in attempt_facts(state, rows)] == [0, 0]
-    state = log.append("attempt", attempt_body(2, 4, order=3), state)
-    assert [fact.lost_steps for fact in attempt_facts(state, rows)] == [0, 0, 1]
+    state = log.append("attempt", attempt_body(2, 4, order=3) | {"cause": {"text": "rank 1 was killed"}}, state)
+    rows[5] = AttemptRow(points[5], points[5], 0, 1)
+    facts = attempt_facts(state, rows)
+    assert [fact.lost_steps for fact in facts] == [0, 0, 1]
+    assert [fact.recovery_s for fact in facts] == [None, None, 0.0]  # an order's time to come is no recovery
 
 
 def test_the_last_step_and_what_is_saved_follow_an_order() -> None:

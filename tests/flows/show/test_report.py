@@ -106,7 +106,8 @@ def test_it_escapes() -> None:
 
 
 def test_an_attempt_by_order_is_no_failure() -> None:
-    ordered = replace(FACTS.attempts[1], cause="", reason="ordered by ann (runs resume)", layout="4 stages x 1 replica")
+    by = {"reason": "ordered by ann (runs resume)", "layout": "4 stages x 1 replica"}
+    ordered = replace(FACTS.attempts[1], cause="", recovery_s=None, **by)
     text = "".join(read(render(replace(FACTS, attempts=[FACTS.attempts[0], ordered]))).text)
     assert "4 stages x 1 replica" in text
     assert "ordered by ann (runs resume)" in text
