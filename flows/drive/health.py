@@ -60,11 +60,13 @@ class Symptom:
 @dataclass
 class Health:
     """Of one run, as its lines come. ``pass_steps``: steps of one pass over the data (0: unknown); ``shares``: how much
-    of the work each stage has by the plan, any unit (empty: unknown), in the order of the lines' ``busy``.
+    of the work each stage has by the plan, any unit (empty: unknown), in the order of the lines' ``busy``;
+    ``clip``: the limit of the gradient's norm (0: none).
     """
 
     pass_steps: int = 0
     shares: Sequence[float] = ()
+    clip: float = 0.0
     _epoch: int = 0
     _first: int = 0
     _past: deque[tuple[int, float, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))  # step, loss, norm
@@ -138,7 +140,10 @@ class Health:
         usual = median(past[2] for past in self._past)
         if norm <= NORM_TIMES * usual or usual <= 0.0 or not self._again("gradient", step):
             return []
-        text = f"the gradient's norm is {norm:.3g} at step {step}, where {usual:.3g} is usual"
+        mend = "nothing clips it (train.optimizer.clip is 0)"
+        if self.clip > 0.0:
+            mend = f"it was clipped to {self.clip:g}" if norm > self.clip else f"train.optimizer.clip is {self.clip:g}"
+        text = f"the gradient's norm is {norm:.3g} at step {step}, where {usual:.3g} is usual; {mend}"
         return [Symptom("gradient", self._epoch, step, step, norm, usual, text)]
 
     def _again(self, kind: str, step: int) -> bool:

@@ -438,6 +438,7 @@ class Driver:
         """What a step says of the run's health is told."""
         if line["epoch"] > self._health.epoch:  # an attempt has a layout of its own
             self._health.pass_steps, self._health.shares = pass_steps(self.prepared), plan_shares(self.prepared)
+            self._health.clip = self.prepared.spec.train.optimizer.clip
         for symptom in self._health.see(line):
             self._teller.tell("health", **symptom.facts())
 

@@ -118,6 +118,9 @@ def test_a_norm_many_times_the_usual() -> None:
     health = Health()
     (found,) = seen(health, *quiet(1, 50), line(51, norm=40.0), line(52, norm=50.0))
     assert (found.kind, found.step, found.value) == ("gradient", 51, 40.0)
+    assert found.text.endswith("; nothing clips it (train.optimizer.clip is 0)")
+    (found,) = seen(Health(clip=1.5), *quiet(1, 50), line(51, norm=40.0))
+    assert found.text.endswith("; it was clipped to 1.5")
 
 
 def test_a_throughput_that_drops_and_comes_back() -> None:
