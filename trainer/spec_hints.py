@@ -7,8 +7,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 _LR, _STEPS, _WARMUP = "train.optimizer.lr", "train.steps", "train.schedule.warmup"
+_LENGTH = "train.steps, each of train.batch * train.sequence tokens"
 _ACCUMULATED = "train.batch, sequences a step, of which train.microbatch are computed at a time"
 _BY_NAME: Mapping[str, str] = {
     "n_layer n_layers num_layers num_hidden_layers depth": "model.layers",
@@ -26,25 +28,31 @@ _BY_NAME: Mapping[str, str] = {
     "model_type architecture arch": "model.family",
     "learning_rate max_lr base_lr": _LR,
     "grad_clip clip_grad max_grad_norm gradient_clipping gradient_clip_val": "train.optimizer.clip",
-    "adam_beta1 beta_1 betas": "train.optimizer.beta1",
+    "adam_beta1 beta_1": "train.optimizer.beta1",
+    "betas adam_betas": "train.optimizer.beta1 and train.optimizer.beta2",
     "adam_beta2 beta_2": "train.optimizer.beta2",
     "adam_epsilon adam_eps epsilon": "train.optimizer.eps",
     "warmup_steps warmup_iters num_warmup_steps lr_warmup_steps": _WARMUP,
+    "warmup_ratio warmup_fraction warmup_pct warmup_epochs": f"{_WARMUP}, a number of steps",
     "lr_scheduler lr_scheduler_type lr_decay_style scheduler": "train.schedule.kind",
     "batch_size global_batch_size": "train.batch",
     "micro_batch_size microbatch_size per_device_train_batch_size": "train.microbatch",
     "gradient_accumulation_steps grad_accum accumulate_grad_batches": _ACCUMULATED,
     "seq_len seq_length sequence_length max_length max_seq_length": "train.sequence",
     "max_steps max_iters train_iters num_steps total_steps num_train_steps iterations": _STEPS,
-    "epochs num_epochs num_train_epochs max_epochs": "train.steps, each of train.batch * train.sequence tokens",
+    "epochs num_epochs num_train_epochs max_epochs max_tokens num_tokens train_tokens total_tokens": _LENGTH,
     "dtype torch_dtype mixed_precision": "train.precision",
-    "bf16": 'train.precision = "bf16"',
+    "bf16 fp16": 'train.precision = "bf16"',
     "fp8": 'train.precision = "fp8"',
     "dataset dataset_path data_path train_data train_file train_files files path paths": "data.source",
     "text_field text_column text_key json_key field_output completion_field response_field": "data.field",
     "prompt_key prompt_column field_instruction completion_only_loss train_on_inputs mask_prompt": "data.prompt_field",
     "tokenizer_path tokenizer_file tokenizer_name": "data.tokenizer",
     "eos_token eod_token eot_token": "data.end_token",
+    "eval_steps eval_interval eval_every eval_freq eval_strategy evaluation_strategy val_check_interval": (
+        "validation.every, counted in steps"
+    ),
+    "val_split test_size val_set_size validation_split split": "data.validation",
     "save_steps save_interval save_every checkpoint_interval save_freq": "checkpoint.every",
     "save_total_limit keep_last keep_last_n": "checkpoint.keep.last",
     "pp pipeline_parallel_size pipeline_model_parallel_size pipeline_stages num_stages": "parallel.stages",
@@ -108,7 +116,29 @@ def written_as(key: str, wanted: str, value: object) -> str:
     if wanted == "a whole number" and isinstance(value, str) and re.fullmatch(r"-?\d{1,15}", value):
         return f"write {int(value)}, without quotes"
     unit = next((unit for end, unit in _UNITS.items() if key.endswith(end)), None)
+    if unit is None and "number" in wanted and isinstance(value, str):
+        wanted = _number_meant(value.strip(), "whole" in wanted) or wanted
     return f"write {wanted}" + (f" of {unit}" if unit and "number" in wanted else "")
+
+
+def _number_meant(text: str, whole: bool) -> str:
+    """The number that a text with separators, a percent sign or a unit means; empty where that is not sure.
+
+    >>> _number_meant("1,000", True), _number_meant("0.1%", False), _number_meant("4k", True)
+    ('1000', '0.001', 'it without a unit: 4000 (or 4096)')
+    """
+    if re.fullmatch(r"\d{1,3}([,_ ]\d{3}){1,4}", text, re.ASCII) and (whole or "," not in text):
+        return re.sub(r"\D", "", text)
+    if whole and (found := re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?) ?([kKMBG])", text, re.ASCII)):  # m may be minutes
+        full = Fraction(found[1]) * {"K": 10**3, "M": 10**6}.get(found[2].upper(), 10**9)
+        binary = f" (or {full * 1024 / 1000})" if found[2] in "kK" and full % 125 == 0 else ""
+        return f"it without a unit: {full}{binary}" if full.denominator == 1 else ""
+    number = text.removesuffix("%").rstrip() if text.endswith("%") else re.sub(r"^(\d+),(\d+)$", r"\1.\2", text)
+    if not re.fullmatch(r"-?\d{1,9}(\.\d{1,9})?(e-?\d{1,2})?", number, re.IGNORECASE | re.ASCII):
+        return ""
+    if whole:
+        return str(int(Fraction(number))) if text == number and Fraction(number).denominator == 1 else ""
+    return str(float(Fraction(number) / (100 if text.endswith("%") else 1)))
 
 
 _NOT_TEXT = ((b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"), (b"PK\3\4", "a zip archive"), (b"\x1f\x8b", "gzip"))

@@ -61,7 +61,7 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
     >>> grid_points(["train.seed=1,2", "train.batch=8"])
     [('train.seed=1', 'train.batch=8'), ('train.seed=2', 'train.batch=8')]
     """
-    choices = []
+    choices: dict[str, list[str]] = {}
     for axis in axes:
         key, sign, text = axis.partition("=")
         values = [value.strip() for value in _split(text)]
@@ -69,8 +69,10 @@ def grid_points(axes: Sequence[str]) -> list[tuple[str, ...]]:
             raise SpecError(
                 f"--grid {axis!r}: write it as section.key=value,value, such as train.optimizer.lr=1e-3,3e-4"
             )
-        choices.append([f"{key.strip()}={value}" for value in values])
-    return list(itertools.product(*choices))
+        if (name := key.strip()) in choices:
+            raise SpecError(f"--grid names {name} twice; give its values once, such as --grid {name}=VALUE,VALUE")
+        choices[name] = [f"{name}={value}" for value in values]
+    return list(itertools.product(*choices.values()))
 
 
 def _split(text: str) -> list[str]:

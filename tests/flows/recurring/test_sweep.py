@@ -29,6 +29,8 @@ def test_a_grid_is_every_combination() -> None:
     for bad in ("train.seed", "train.seed=", "=1", "train.seed=1,,2"):
         with pytest.raises(SpecError, match="write it as section"):
             grid_points([bad])
+    with pytest.raises(SpecError, match=r"names train\.seed twice; give its values once"):
+        grid_points(["train.seed=1,2", "train.seed =3"])
 
 
 def test_a_list_has_a_line_a_point(tmp_path: Path) -> None:
