@@ -68,6 +68,7 @@ __all__ = [
     "parse_spec",
     "read_toml",
     "run_id",
+    "set_key",
     "too_short",
     "what_bytes",
     "what_digest",
@@ -217,12 +218,21 @@ def _copy(value: Any) -> Any:
 # --- --set --------------------------------------------------------------------------------------------------
 
 
-def _apply_set(tree: dict[str, Any], text: str) -> None:
-    key, sep, raw = text.partition("=")
+def set_key(text: str) -> tuple[str, ...]:
+    """The whole key that a ``--set KEY=VALUE`` means, of which it may say the end alone. SpecError where there is none.
+
+    >>> set_key("lr=1e-3"), set_key('"train".seed = 2')
+    (('train', 'optimizer', 'lr'), ('train', 'seed'))
+    """
+    key, sep, _ = text.partition("=")
     if not sep or not key.strip():
         raise SpecError(f"--set {text!r}: write it as section.key=value, for example train.seed=2")
     parts = re.findall(r'\s*("[^"]*"|[^.]*)\s*(?:\.|\Z)', key)[:-1] if '"' in key else key.split(".")
-    path = _full_path(tuple(part.strip().strip('"') for part in parts), text)
+    return _full_path(tuple(part.strip().strip('"') for part in parts), text)
+
+
+def _apply_set(tree: dict[str, Any], text: str) -> None:
+    path, raw = set_key(text), text.partition("=")[2]
     if path[:2] in _TABLES and len(path) > 3:
         path = (*path[:2], ".".join(path[2:]))
     node = tree

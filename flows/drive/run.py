@@ -40,6 +40,7 @@ from trainer.spec import (
     other_name,
     parse_spec,
     run_id,
+    set_key,
     what_bytes,
     what_digest,
     with_how,
@@ -320,15 +321,15 @@ def load_spec_of(
 ) -> tuple[RunSpec, DatasetRef]:
     """A run's RunSpec again: its What from the store, its How from an attempt, with overrides of the How only."""
     what = load_what(store, run)
-    fixed = [s for s in sets if s.split(".")[0].split("=")[0].strip() in WHAT_KEYS]
-    bad = [s for s in fixed if tuple(part.strip() for part in s.partition("=")[0].split(".")) not in HOW_OF_WHAT]
-    if bad:
-        key = bad[0].split("=")[0]
+    for text in sets:
+        key = set_key(text)
+        if key[0] not in WHAT_KEYS or key in HOW_OF_WHAT:
+            continue
         orders = {"steps": "to end it at another step, --steps N", "lr": "to lower its rate, --lr-scale FACTOR"}
-        order = orders.get(key.rsplit(".", 1)[-1]) if key.startswith("train.") else None
+        order = orders.get(key[-1])
         raise SpecError(
-            f"--set {bad[0]} changes what is trained, and a run's What is fixed; start another run from a checkpoint: "
-            f"hotstage runs fork {run} --step N --set {bad[0]}" + (f"; or, {order}" if order else "")
+            f"--set {text} changes what is trained, and a run's What is fixed; start another run from a checkpoint: "
+            f"hotstage runs fork {run} --step N --set {text}" + (f"; or, {order}" if order else "")
         )
     tree = spec_tree(what, run.rsplit("-", 1)[0][:40] if "-" in run else run, how)
     return parse_spec(tree, sets, origin=run), load_dataset(store, what["data"]["digest"])

@@ -35,7 +35,7 @@ from flows.replay.recorded import StepLine, computed_by, newest_step, read_recor
 from flows.replay.suspects import Evidence, suspects_of
 from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
-from trainer.spec import how_map, what_digest
+from trainer.spec import how_map, set_key, what_digest
 from trainer.spec_layouts import layout_words
 from trainer.wire import CUDA_PATHS
 
@@ -274,7 +274,7 @@ def _check_numerics(prepared: Prepared, attempts: Sequence[AttemptInfo], first: 
 
 def _prepare(store: Store, run: str, attempt: AttemptInfo, sets: Sequence[str]) -> Prepared:
     """The run in a layout of this machine: the attempt's on one node, with ``sets`` over it."""
-    bad = [text for text in sets if text.split(".")[0] not in _SETS]
+    bad = [text for text in sets if set_key(text)[0] not in _SETS]
     if bad:
         raise SpecError(
             f"--set {bad[0]}: a replay computes what the run computed; only parallel.… and launch.… may be another"

@@ -81,6 +81,9 @@ def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path) -> None:
     (["--steps", "90"], 78, "the cosine's rate is 0 from step 60 on"),
     (["--set", "train.steps=90"], 78, "or, to end it at another step, --steps N"),
     (["--set", "train.lr=3"], 78, "or, to lower its rate, --lr-scale FACTOR"),
+    (["--set", "lr=1e-2"], 78, "changes what is trained, and a run's What is fixed"),
+    (["--set", "stages=2", "--set", "seed=5"], 78, "--set seed=5 changes what is trained"),
+    (["--set", '"train".seed=5'], 78, "changes what is trained"),
 ])  # fmt: skip
 def test_what_cannot_be_ordered_is_refused_and_nothing_is_written(
     copy: Copy, words: list[str], code: int, says: str
