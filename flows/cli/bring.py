@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from flows.cli.main import json_option, say, show, store_option, write_out
+from flows.cli.main import json_option, say, show, store_option, with_store, write_out
 from trainer.errors import OutputError
 
 
@@ -76,9 +76,8 @@ def import_(
     say(f"tokenizer  {spec.data.tokenizer}, a text ends with {spec.data.end_token or 'nothing'}")
     say(f"weights    step 0 of {run} in {opened.describe()} ({size_words(state)} with moments of zero)")
     say(f"spec       {file}, data.source = {spec.data.source!r}: write your own text there")
-    at = f" --store {shlex.quote(store)}" if store else ""
     for text in (f"chat {run}", f"train {shlex.quote(str(file))}"):
-        say(f"next:      hotstage {text}{at}")
+        say(f"next:      hotstage {text}{with_store(store)}")
     return 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from flows.cli.collect import collect_garbage, pin_checkpoint, unpin_checkpoint
-from flows.cli.main import Number, json_option, say, set_option, show, step_option, store_option
+from flows.cli.main import Number, json_option, say, set_option, show, step_option, store_option, with_store
 
 SHARD_GB = 5.0  # as transformers cuts
 
@@ -281,7 +281,7 @@ def import_weights(folder: str, spec: str, sets: tuple[str, ...], store: str | N
     if as_json:
         show({"run": made.run, "parent": made.parent, "weights_digest": made.digest})
         return 0
-    options = "".join(f" --set {shlex.quote(text)}" for text in sets)
+    options = "".join(f" --set {shlex.quote(text)}" for text in sets) + with_store(store)
     say(f"{made.run} begins from these weights (step 0 of {made.parent}): hotstage train {spec}{options}")
     return 0
 

@@ -182,6 +182,14 @@ set_option = click.option(
     metavar="KEY=VALUE",
     help="Override a value of the spec, e.g. train.seed=2. Repeatable.",
 )
+
+
+def with_store(store: str | None, out: str = "out") -> str:
+    """What a command that is printed for a person needs to find the same store, and the same folder of ``--out``."""
+    folder = f" --out {shlex.quote(out)}" if out != "out" else ""
+    return (f" --store {shlex.quote(store)}" if store else "") + folder
+
+
 out_option = click.option(
     "--out", default="out", show_default=True, help="Folder for what a run writes outside the store."
 )

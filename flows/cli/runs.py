@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import EXIT_CODES, Number, json_option, out_option, say, set_option, show, store_option, write_out
+from flows.cli.main import (
+    EXIT_CODES,
+    Number,
+    json_option,
+    out_option,
+    say,
+    set_option,
+    show,
+    store_option,
+    with_store,
+    write_out,
+)
 from flows.cli.watch import watch
 
 if TYPE_CHECKING:
@@ -245,7 +256,7 @@ def resume(
     def make() -> Prepared:
         return place_order(opened, ask_run(opened, name, sets), asked)
 
-    return host(make, opened.url, Path(out), as_json, not no_prefect)
+    return host(make, store, Path(out), as_json, not no_prefect)
 
 
 @runs.command()
@@ -279,7 +290,7 @@ def order(run: str, sets: tuple[str, ...], store: str | None, as_json: bool, **a
         show(told[-1] if told else None)
     elif told:
         say(f"{name}: {told[-1]['text']} (log record {told[-1]['record']})")
-        say(f"whatever drives {name} follows; where nothing does: hotstage runs resume {name}")
+        say(f"whatever drives {name} follows; where nothing does: hotstage runs resume {name}{with_store(store)}")
     elif state.ended and state.ended.outcome == "succeeded" and not opened_again(state):
         say(f"{name} has succeeded, and nothing is left to do: --steps N or --rollback-to STEP orders more")
     else:
@@ -332,7 +343,7 @@ def fork(
     def make() -> Prepared:
         return place_order(opened, fork_run(opened, name, step, sets), Asked("runs fork"))
 
-    return host(make, opened.url, Path(out), as_json, not no_prefect)
+    return host(make, store, Path(out), as_json, not no_prefect)
 
 
 @click.command()

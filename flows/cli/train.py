@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flows.cli.main import EXIT_CODES, SpecFile, complain, json_option, out_option, set_option, store_option
+from flows.cli.main import EXIT_CODES, SpecFile, complain, json_option, out_option, set_option, store_option, with_store
 from flows.cli.signals import Signals
 from flows.cli.voice import Voice
 
 if TYPE_CHECKING:
+    from checkpoint.store import Store
     from flows.drive.events import Event, Outcome, Sink
     from flows.drive.run import Board, Prepared
 
@@ -44,12 +45,12 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     def make(board: Board, tell: Callable[[str], None]) -> Prepared:
         return place_order(opened, prepare_run(run_spec, opened, say=tell, board=board), Asked("train"))
 
-    return host(make, opened.url, Path(out), as_json, not no_prefect, name=run_spec.name)
+    return host(make, store, Path(out), as_json, not no_prefect, name=run_spec.name)
 
 
 def host(
     make: Callable[[], Prepared] | Callable[[Board, Callable[[str], None]], Prepared],
-    store_url: str,
+    store: str | None,
     out: Path,
     as_json: bool,
     use_prefect: bool,
@@ -62,27 +63,28 @@ def host(
     """
     from dataclasses import asdict
 
+    from flows.drive.train import store_at
     from trainer.failures import mend_of
 
     voice = Voice(as_json)
     signals = Signals(voice.warn)
     try:
-        outcome = signals.run(lambda: _drive(make, store_url, out, voice, use_prefect, signals, name))
+        outcome = signals.run(lambda: _drive(make, store_at(store), out, voice, use_prefect, signals, name))
     finally:
         voice.quiet()
     if outcome.outcome == "gave_up":
-        mend = mend_of(outcome.cls).replace("RUN", outcome.run)
+        mend = mend_of(outcome.cls).replace("RUN", outcome.run + with_store(store))
         if as_json:
             complain(f"hotstage: run {outcome.run} gave up: {outcome.reason}", mend=mend, exit_code=outcome.exit_code)
         else:
             click.echo(f"hotstage: run {outcome.run} gave up: {outcome.reason}", err=True)
             if mend:
                 click.echo(f"  what to do: {mend}", err=True)
-            click.echo(f"  what its ranks said: hotstage logs {outcome.run}", err=True)
+            click.echo(f"  what its ranks said: hotstage logs {outcome.run}{with_store(store)}", err=True)
     elif outcome.outcome == "superseded":
         complain(f"hotstage: {outcome.reason}", exit_code=outcome.exit_code)
     elif outcome.outcome == "stopped" and not signals.detaches:
-        voice.say(f"go on with: hotstage runs resume {outcome.run}")
+        voice.say(f"go on with: hotstage runs resume {outcome.run}{with_store(store, str(out))}")
     if as_json:
         voice.result(asdict(outcome))
     return outcome.exit_code
@@ -90,7 +92,7 @@ def host(
 
 def _drive(
     make: Callable[..., Prepared],
-    store_url: str,
+    store: Store,
     out: Path,
     voice: Voice,
     use_prefect: bool,
@@ -98,12 +100,10 @@ def _drive(
     name: str,
 ) -> Outcome:
     """The work of a hosting command, in a thread of its own."""
-    from flows.drive.train import store_at
     from flows.hosting import Hosted, Prefect
     from flows.page import Page
     from flows.show.lines import Lines
 
-    store = store_at(store_url)
     prefect = Prefect(say=voice.warn)
     page = None
     if use_prefect:
@@ -123,7 +123,7 @@ def _drive(
             else:
                 with hosted.board.task("compile-plan", "compile plan"):
                     prepared = make()
-            tell(f"run {prepared.run} in {store_url}")
+            tell(f"run {prepared.run} in {store.url}")
             if not signals.driving(detaches=prepared.spec.launch.target != "local"):
                 raise click.Abort  # the command leaves
             sinks: list[Sink] = [Reach(signals), voice.sink(prepared)]

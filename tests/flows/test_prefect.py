@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -109,13 +110,16 @@ def test_a_run_that_gives_up_is_a_failed_flow_run(prefect: Api, hosted: Place) -
 
 
 def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted: Place) -> None:
-    process = hosted.start(*args(*SLOW, "name='stopped'"))
+    store = hosted.env.pop("HOTSTAGE_STORE")
+    process = hosted.start(*args(*SLOW, "name='stopped'"), "--store", store, "--out", "there")
     wait_for(lambda: metrics_begun(hosted), "the first step", 60)
     process.send_signal(signal.SIGINT)
     done = finish(process)
     assert done.code == 85, done.out + done.err
-    assert "go on with: hotstage runs resume" in done.out
-    name = done.out.split("go on with: hotstage runs resume ")[1].split()[0]
+    said = re.search(r"go on with: hotstage runs resume (\S+) (.+)\n", done.out)
+    assert said is not None
+    assert said[2] == f"--store {store} --out there"  # the printed command finds the run
+    name = said[1]
     (flow_run,) = prefect.named(name)
     assert flow_run["state_type"] == "CANCELLED"
     wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "CANCELLED", "the attempt's end", 20, 0.1)

@@ -148,7 +148,7 @@ def test_an_order_is_told_and_repeated_it_is_none(copy: Copy) -> None:
     words = ["--skip", "50", "--skip", "52-53", "--rollback-to", str(late), "--steps", "58"]
     said = copy("runs", "order", *words)
     assert f"{copy.run}: goes on from step {late}, skips batches 50, 52-53, ends at step 58" in said
-    assert f"hotstage runs resume {copy.run}" in said
+    assert f"hotstage runs resume {copy.run} --store {copy.url}\n" in said  # not that of another store
     # from here on that is the run, for whoever looks
     told: dict[str, Any] = json.loads(copy("runs", "show", "--json"))
     assert (told["state"], told["saved_step"], told["steps"], told["reason"]) == ("open", late, 58, "")
