@@ -141,11 +141,13 @@ class NoBoard:
 def create_run(prepared: Prepared, store: Store) -> None:
     """The objects by which a run is known, created where they are not there: its What, its plan, its place in the list.
 
-    Raises SpecError where another run has this name, PlanError where its plan is there and damaged, OtherVersion.
+    Raises SpecError where another run has this name, Damaged where its What cannot be read, PlanError where its plan is
+    there and damaged, OtherVersion.
     """
     run, spec = prepared.run, prepared.spec
     readable(store, run)
     if not store.create(spec_key(run), what_bytes(spec, prepared.dataset)):
+        load_what(store, run)  # refuses a damaged one as that
         raise SpecError(f"run {run} is there already, and trains something else; choose another name (--set name=…)")
     publish_plan(store, run, prepared.plan)
     entry = {"v": 1, "run": run, "name": spec.name, "owner": who(), "packing": spec.data.packing}
@@ -305,7 +307,7 @@ def load_what(store: Store, run: str) -> dict[str, Any]:
     except NotFound:
         raise SpecError(f"run {run} has no spec in {store.describe()}") from None
     if not isinstance(what, dict):
-        raise SpecError(f"the spec of run {run} is damaged: it is not a map")
+        raise Damaged(f"the spec of run {run} is not a map")
     return what
 
 

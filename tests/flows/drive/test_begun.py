@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from checkpoint.codec import pack, unpack
-from checkpoint.keys import index_key
+from checkpoint.errors import Damaged
+from checkpoint.keys import index_key, spec_key
 from checkpoint.store import Store
 from flows.drive.begin import prepare_run
 from flows.drive.run import INDEX_CAP, load_run, load_what, run_names
@@ -71,3 +72,13 @@ def test_a_new_run_that_this_machine_has_no_memory_for_is_refused_before_it_is_t
     assert sorted(run_names(store)) == before
     there = parse_spec({**tree, "launch": {**tree["launch"], "target": "kubernetes"}})
     assert prepare_run(there, store).run in run_names(store), "a cluster's machines are others"
+
+
+@pytest.mark.parametrize("held", [b"", pack([1])])
+def test_a_damaged_what_is_no_other_run(ground: tuple[Store, RunSpec], held: bytes) -> None:
+    store = ground[0]
+    run = prepare_run(named(ground, f"cut{len(held)}"), store).run
+    store.delete(spec_key(run))
+    store.create(spec_key(run), held)
+    with pytest.raises(Damaged, match=f"spec of (run )?{run}"):
+        prepare_run(named(ground, f"cut{len(held)}"), store)
