@@ -51,7 +51,7 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
         found = validation_of(store, dataset)
         if found is None:
             raise SpecError(
-                "validation.every is set, and there is nothing to validate on: the run's dataset has no validation "
+                "there is nothing to validate on: the run's dataset has no validation "
                 "part (data.validation makes one); set validation.source, such as text:held-out/*.txt"
             )
         return found

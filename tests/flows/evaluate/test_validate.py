@@ -110,7 +110,7 @@ def test_windows_of_prompts_alone_are_refused(trained: Trained, store: Store, tm
 
 
 def test_nothing_to_validate_on_is_said_with_the_mend(trained: Trained, store: Store) -> None:
-    with pytest.raises(SpecError, match=r"set validation\.source"):
+    with pytest.raises(SpecError, match=r"^there is nothing to validate on: .*; set validation\.source"):
         validation_data(store, with_validation(store, trained.run), lambda _: None)
 
 
