@@ -24,7 +24,7 @@ from flows.drive.reconcile import driven_here
 from flows.drive.run import Board, NoBoard, Prepared
 from flows.drive.train import Run, make_driver
 from flows.page import Page
-from flows.prefect_api import Client, Configured, PrefectSettingsError, answers, configured, without_api
+from flows.prefect_api import Client, Configured, NoPrefect, PrefectSettingsError, answers, configured, without_api
 from flows.prefect_server import PrefectServer
 from flows.show.lines import Lines
 
@@ -55,7 +55,7 @@ class Prefect:
 
     def connect(self) -> Client | None:
         if self._dead:
-            return None
+            raise NoPrefect
         if not self._looked:
             self._look()
             return self.connect()
@@ -145,7 +145,7 @@ class Hosted:
         self._ended = True
         if self.page is not None and self.page.awaited:
             self.say(f"waiting for Prefect, which still starts, to take the run's end: {self.patience_s:g} s at most")
-        if self.page is not None and not self.page.close(outcome, patience_s=self.patience_s):
+        if self.page is not None and not self.page.close(outcome, patience_s=self.patience_s) and not self.page.alone:
             self.say(
                 "Prefect did not take the end of the flow run; the run itself has ended, and the log in the store "
                 "has everything"

@@ -39,6 +39,10 @@ class Gone(Exception):
     """Prefect does not answer, or not as a server that is well does: later, perhaps."""
 
 
+class NoPrefect(Exception):
+    """This process goes on without Prefect, and has said so."""
+
+
 class Busy(Gone):
     """It is there, and its database is locked: in a moment."""
 

@@ -37,7 +37,7 @@ from flows.drive.scores import line_evaluations, score_markdown
 from flows.drive.train import cancel
 from flows.page.curve import loss_image, loss_markdown, thinned
 from flows.page.left_open import close_gone, marked_gone, own_mark
-from flows.prefect_api import BUSY_PAUSE_S, OPEN_STATES, Busy, Client, Gone, Lost, Refused, artifact_key
+from flows.prefect_api import BUSY_PAUSE_S, OPEN_STATES, Busy, Client, Gone, Lost, NoPrefect, Refused, artifact_key
 from trainer.failures import FAILURES, Failure
 
 log = logging.getLogger(__name__)
@@ -105,6 +105,7 @@ class Page:
     every_s: float = EVERY_S
     clock: Callable[[], float] = time.monotonic
     failures: int = 0
+    alone: bool = False  # there is no Prefect, and whoever looked for it has said so
 
     def __post_init__(self) -> None:
         self._engine = self.flow_run is not None
@@ -177,7 +178,7 @@ class Page:
     @property
     def awaited(self) -> bool:
         """Nothing is on the page yet, and nothing has failed: the server is on its way up."""
-        return self.flow_run is None and not self.failures
+        return self.flow_run is None and not self.failures and not self.alone
 
     def close(self, outcome: Outcome | None, failed: str = "", patience_s: float = 10.0) -> bool:
         """Tell the end, for at most so long; True where Prefect has all of it. ``failed``: why there is no outcome."""
@@ -221,6 +222,9 @@ class Page:
                     self._done = True
                     return
                 self._retry_s, self._busy = RETRY_S, 0
+            except NoPrefect:
+                self.alone = True
+                return
             except Gone as error:
                 if isinstance(error, Busy) and self._busy < BUSY_TRIES:
                     self._busy += 1

@@ -15,9 +15,9 @@ from checkpoint.keys import evaluated_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.events import Event, Outcome
-from flows.hosting import undisturbed
+from flows.hosting import Prefect, undisturbed
 from flows.page import Page
-from flows.prefect_api import Client, Gone, Refused
+from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Api
 from tests.support.front import Front
@@ -202,6 +202,22 @@ def test_a_server_that_is_up_after_the_run_s_end(prefect: Api, store: Store, kee
     assert not told.page.awaited
     assert len(addresses) == keeps
     assert_whole(prefect, told)
+
+
+def test_who_goes_on_without_prefect_waits_for_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> None:
+        raise PrefectSettingsError("Prefect cannot read its settings")
+
+    monkeypatch.setattr("flows.hosting.configured", unreadable)
+    said: list[str] = []
+    told = Told(store, Prefect(say=said.append).connect)
+    told.begin()
+    told.page._thread.join(60)
+    assert not told.page._thread.is_alive()
+    assert told.page.alone
+    assert not told.page.awaited
+    assert said == ["Prefect cannot read its settings: going on without Prefect"]
+    assert not told.warned
 
 
 def test_who_cancels_on_the_page_cancels_the_run(prefect: Api, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
