@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from checkpoint.codec import short
@@ -84,7 +83,6 @@ class Evaluating:
 
     store: Store
     run: str
-    out: Path
     elsewhere: bool = False
     """Its ranks run on other machines."""
     tell: Callable[[Mapping[str, Any]], None] = lambda _: None
@@ -153,7 +151,7 @@ class Evaluating:
         most_s += spec.validation.timeout_s if VALIDATION in what else 0.0
         command = [*self.command, self.run, "--step", str(info.step), "--json", "--with-parent"]
         threads = max(1, spare_cores(spec, self.cpus, elsewhere=self.elsewhere))  # else beside the ranks, one of them
-        command += ["--store", self.store.url, "--out", str(self.out), "--threads", str(threads)]
+        command += ["--store", self.store.url, "--threads", str(threads)]
         command += [word for name in what for word in ("--only", name)]
         lane.child, lane.of, lane.what = ChildProcess.begin(command, most_s=most_s, low=self._low), info, tuple(what)
 

@@ -115,7 +115,7 @@ def make_driver(
         launcher,
         partial(launch_for, store.url, out),
         replays=Replays(store, prepared.run, out, elsewhere=launcher.detaches),
-        evaluating=Evaluating(store, prepared.run, out, elsewhere=launcher.detaches),
+        evaluating=Evaluating(store, prepared.run, elsewhere=launcher.detaches),
         sink=Sinks((sink, trackers)) if sink is not None else trackers,
         trackers=trackers,
         stop=stop or threading.Event(),

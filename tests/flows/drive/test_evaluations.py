@@ -75,10 +75,10 @@ def test_what_a_checkpoint_still_lacks() -> None:
     assert lacking(spec(), 20, 60, None) == []
 
 
-def test_the_newest_is_evaluated_once_and_a_failure_is_told_once(tmp_path: Path) -> None:
+def test_the_newest_is_evaluated_once_and_a_failure_is_told_once() -> None:
     store = MemoryStore()
     told: list[Any] = []
-    at_work = Evaluating(store, RUN, tmp_path, tell=told.append, command=python(TELLS), cpus=1)
+    at_work = Evaluating(store, RUN, tell=told.append, command=python(TELLS), cpus=1)
     whole, state = spec("validation.every=1"), line(store, 10, 20, 30)
 
     def hears(count: int) -> bool:
@@ -96,22 +96,22 @@ def test_the_newest_is_evaluated_once_and_a_failure_is_told_once(tmp_path: Path)
     assert (told[1]["step"], told[1]["text"], told[1]["failed"]) == (40, "step 40: fine", {})
 
 
-def test_what_was_evaluated_before_this_driver_is_not_again(tmp_path: Path) -> None:
+def test_what_was_evaluated_before_this_driver_is_not_again() -> None:
     store = MemoryStore()
     state = line(store, 10, 20)
     there = Evaluations()
     there.add(Evaluation(20, state.epoch, loss=1.0))
     store.put(evaluated_key(RUN), there.to_bytes())
-    at_work = Evaluating(store, RUN, tmp_path, command=python(TELLS), cpus=1)
+    at_work = Evaluating(store, RUN, command=python(TELLS), cpus=1)
     at_work.look(spec("validation.every=1"), state, 60)
     assert not at_work.busy
 
 
-def test_a_process_that_fails_is_told_once_and_not_tried_for_ever(tmp_path: Path) -> None:
+def test_a_process_that_fails_is_told_once_and_not_tried_for_ever() -> None:
     store = MemoryStore()
     told: list[Any] = []
     fails = python('import sys; print(\'{"text": "hotstage: no such thing"}\'); sys.exit(78)')
-    at_work = Evaluating(store, RUN, tmp_path, tell=told.append, command=fails, cpus=1)
+    at_work = Evaluating(store, RUN, tell=told.append, command=fails, cpus=1)
     whole, log, state = spec("validation.every=1"), RunLog(store, RUN, writer="test"), line(store, 10)
     for step in (20, 30, 40):
         at_work.look(whole, state, 60)
@@ -125,32 +125,32 @@ def test_a_process_that_fails_is_told_once_and_not_tried_for_ever(tmp_path: Path
     assert texts[-1].endswith("it is not tried again")
 
 
-def test_one_that_hangs_is_ended_when_its_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_hangs_is_ended_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.drive.evaluations.MORE_S", 0.1)
     told: list[Any] = []
     store = MemoryStore()
     hangs = python("import time; time.sleep(600)")
-    at_work = Evaluating(store, RUN, tmp_path, tell=told.append, command=hangs, cpus=1)
+    at_work = Evaluating(store, RUN, tell=told.append, command=hangs, cpus=1)
     state, whole = line(store, 10), spec("validation.every=1", "validation.timeout_s=0.1")
     wait_for(lambda: at_work.look(whole, state, 60) or told, "the end of what hangs")
     assert "the process ended with -15" in told[0]["text"]
 
 
-def test_what_works_beside_ends_with_the_driver(tmp_path: Path) -> None:
+def test_what_works_beside_ends_with_the_driver() -> None:
     store = MemoryStore()
-    at_work = Evaluating(store, RUN, tmp_path, command=python("import sys; sys.stdin.read(); sys.exit(3)"), cpus=1)
+    at_work = Evaluating(store, RUN, command=python("import sys; sys.stdin.read(); sys.exit(3)"), cpus=1)
     at_work.look(spec("validation.every=1"), line(store, 10), 60)
     (child,) = [lane.child for lane in at_work._lanes if lane.child is not None]
     at_work.close()
     assert child.process.wait(20) in (3, -15)  # it saw the end of its input, or the signal first
 
 
-def test_at_the_run_s_end_the_last_checkpoint_comes_first_and_at_once(tmp_path: Path) -> None:
+def test_at_the_run_s_end_the_last_checkpoint_comes_first_and_at_once() -> None:
     """What is at work on an older one, starved by whatever else the machine does, gives way."""
     store, told = MemoryStore(), list[Any]()
     log, state = RunLog(store, RUN, writer="test"), line(store, 10)
     waits = "import sys\nif '10' in sys.argv: sys.stdin.read()\n" + TELLS
-    at_work = Evaluating(store, RUN, tmp_path, tell=told.append, command=python(waits), cpus=1)
+    at_work = Evaluating(store, RUN, tell=told.append, command=python(waits), cpus=1)
     whole = spec("validation.every=1")
     at_work.look(whole, state, 60)
     (old,) = [lane.child for lane in at_work._lanes if lane.child is not None]
@@ -163,16 +163,16 @@ def test_at_the_run_s_end_the_last_checkpoint_comes_first_and_at_once(tmp_path: 
     assert (int(nice.said()), int(ordinary.said())) == (19, os.nice(0))
 
 
-def test_commands_and_the_validation_do_not_wait_for_each_other(tmp_path: Path) -> None:
+def test_commands_and_the_validation_do_not_wait_for_each_other() -> None:
     store = MemoryStore()
-    at_work = Evaluating(store, RUN, tmp_path, command=python("import sys; sys.stdin.read()"), cpus=1)
+    at_work = Evaluating(store, RUN, command=python("import sys; sys.stdin.read()"), cpus=1)
     at_work.look(spec(*BOTH), line(store, 20), 60)
     assert [lane.what for lane in at_work._lanes] == [("validation",), ("a",)]
     at_work.close()
 
 
-def test_commands_that_an_order_adds_are_run_by_the_driver_that_is_there(tmp_path: Path) -> None:
-    at_work = Evaluating(MemoryStore(), RUN, tmp_path, command=python("import sys; sys.stdin.read()"), cpus=1)
+def test_commands_that_an_order_adds_are_run_by_the_driver_that_is_there() -> None:
+    at_work = Evaluating(MemoryStore(), RUN, command=python("import sys; sys.stdin.read()"), cpus=1)
     state = line(at_work.store, 20)
     at_work.look(spec(BOTH[0]), state, 60)
     at_work.look(spec(*BOTH), state, 60)
