@@ -110,6 +110,14 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
     )
 
 
+def _number(folder: Path) -> int | None:
+    """Of a folder's inode, which a file system that is mounted again keeps; None where there is no folder."""
+    try:
+        return os.stat(folder).st_ino
+    except OSError:
+        return None
+
+
 def _has_no_inodes(root: Path) -> bool:
     for folder in (root, *root.parents):
         with contextlib.suppress(OSError):
@@ -153,6 +161,8 @@ class FileStore:
         self._numbers = itertools.count()
         self._token = secrets.token_hex(4)
         self._rate: Rate | None = None
+        self._folder: int | None = None
+        """Of the first write; None: nothing was written yet."""
 
     @property
     def url(self) -> str:
@@ -317,7 +327,15 @@ class FileStore:
     # --- inside -------------------------------------------------------------------------------------------
 
     def _check_root(self, error: OSError) -> None:
-        """StoreRefused where an object is missing because no folder can be where the root is."""
+        """Where something is missing. StoreUnavailable where the folder is not that of this store's first write: it is
+        neither read nor begun anew, as what was there would be missed by nobody. StoreRefused where none can be.
+        """
+        found = _number(self.root)
+        if self._folder is not None and found != self._folder:
+            raise StoreUnavailable(
+                f"the file store {self.root} is gone, and this process has written there: put the folder back where it "
+                "was, or mount its disk again, and it goes on; nothing is written there meanwhile"
+            ) from error
         if os.path.isdir(self.root):
             return
         for path in (self.root, *self.root.parents):
@@ -352,9 +370,11 @@ class FileStore:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
             descriptor = os.open(path, flags, 0o666)
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            self._check_root(error)
             self._make_folders(path.parent, durable)
             descriptor = os.open(path, flags, 0o666)
+        self._folder = self._folder or _number(self.root)
         try:
             try:
                 rest, rate = memoryview(data).cast("B"), self._rate

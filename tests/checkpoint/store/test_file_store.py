@@ -9,7 +9,6 @@ import mmap
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -271,8 +270,26 @@ def test_folders_that_a_collector_removes_meanwhile_are_made_anew(tmp_path: Path
         assert store.create(f"runs/r/chunks/{number % 2}/{number}", b"x")
         store.delete(f"runs/r/chunks/{number % 2}/{number}")
     assert not (tmp_path / "store" / "runs").exists()
-    shutil.rmtree(tmp_path / "store")
+
+
+@pytest.mark.parametrize("unmounted", [True, False])
+def test_a_store_that_is_gone_is_not_begun_anew_by_who_wrote_there(tmp_path: Path, unmounted: bool) -> None:
+    store = FileStore(tmp_path / "store")
     assert store.create(KEY, b"x")
+    (tmp_path / "store").rename(tmp_path / "away")
+    if unmounted:
+        (tmp_path / "store").mkdir()  # where its disk was mounted
+    for call in (
+        lambda: store.create("runs/r/log/1", b"x"), lambda: store.put("runs/r/live/a", b"x"),
+        lambda: store.get(KEY), lambda: store.head(KEY), lambda: list(store.list("runs/r/")),
+    ):  # fmt: skip
+        with pytest.raises(StoreUnavailable, match="is gone, and this process has written there: put the folder back"):
+            call()
+    if unmounted:
+        (tmp_path / "store").rmdir()
+    (tmp_path / "away").rename(tmp_path / "store")
+    assert store.create("runs/r/log/1", b"x")
+    assert store.get(KEY) == b"x"
 
 
 def cached(path: Path) -> bool:
