@@ -330,8 +330,8 @@ class FileStore:
         """Where something is missing. StoreUnavailable where the folder is not that of this store's first write: it is
         neither read nor begun anew, as what was there would be missed by nobody. StoreRefused where none can be.
         """
-        found = _number(self.root)
-        if self._folder is not None and found != self._folder:
+        known = self._folder  # before the look: another thread may be making the folder
+        if known is not None and known != _number(self.root):
             raise StoreUnavailable(
                 f"the file store {self.root} is gone, and this process has written there: put the folder back where it "
                 "was, or mount its disk again, and it goes on; nothing is written there meanwhile"

@@ -12,8 +12,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -270,6 +272,18 @@ def test_folders_that_a_collector_removes_meanwhile_are_made_anew(tmp_path: Path
         assert store.create(f"runs/r/chunks/{number % 2}/{number}", b"x")
         store.delete(f"runs/r/chunks/{number % 2}/{number}")
     assert not (tmp_path / "store" / "runs").exists()
+
+
+def test_threads_that_make_a_store_at_once_miss_nothing(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(60):
+            store, start = FileStore(tmp_path / str(number)), threading.Barrier(8)
+
+            def create(key: int, store: FileStore = store, start: threading.Barrier = start) -> bool:
+                start.wait()
+                return store.head("runs/r/none") is None and store.create(f"runs/r/log/{key}", b"x")
+
+            assert all(pool.map(create, range(8)))
 
 
 @pytest.mark.parametrize("unmounted", [True, False])
