@@ -60,7 +60,7 @@ class Prefect:
             self._look()
             return self.connect()
         if self._found is not None:
-            if not answers() and not self._told:
+            if not self._told and not answers():
                 self._told = True
                 self.say(
                     f"Prefect does not answer at {self._found.shown} ({self._found.source}){without_api(self._found)}: "

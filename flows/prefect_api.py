@@ -263,17 +263,20 @@ class Client:
         settings: dict[str, Any] = {"timeout": httpx.Timeout(TIMEOUT_S)}
         try:
             inner = SyncPrefectClient(url, httpx_settings=settings) if url else get_client(settings, sync_client=True)
-        except UnicodeEncodeError as error:
+        except (UnicodeEncodeError, OSError, httpx.InvalidURL) as error:
             context.__exit__(None, None, None)
-            raise Refused(_NO_HEADER) from error
-        except (httpx.InvalidURL, OSError) as error:
-            context.__exit__(None, None, None)
-            raise Refused(
-                f"PREFECT_API_SSL_CERT_FILE is {known.settings.api.ssl_cert_file!r}, which cannot be used "
-                f"({error.strerror or error}): name a file with the certificates of your authority, or unset it"
-                if isinstance(error, OSError)  # its own address is one: `configured`
-                else f"a proxy is no address ({error}): write HTTP_PROXY, HTTPS_PROXY and ALL_PROXY as http://host:port"
-            ) from error
+            if isinstance(error, UnicodeEncodeError):
+                mend = _NO_HEADER
+            elif isinstance(error, OSError):
+                mend = (
+                    f"PREFECT_API_SSL_CERT_FILE is {known.settings.api.ssl_cert_file!r}, which cannot be used "
+                    f"({error.strerror or error}): name a file with the certificates of your authority, or unset it"
+                )
+            else:  # its own address is one: `configured`
+                mend = (
+                    f"a proxy is no address ({error}): write HTTP_PROXY, HTTPS_PROXY and ALL_PROXY as http://host:port"
+                )
+            raise Refused(mend) from error
         return cls(inner, without_login(str(inner.api_url)).rstrip("/"), lambda: context.__exit__(None, None, None))
 
     def close(self) -> None:

@@ -218,6 +218,11 @@ def _exit_words(engine: ContainerView) -> tuple[Failure, str, str]:
 
 
 _OTHER_PROCESSOR = ("no match for platform", "exec format error")
+"""How a registry says it, and a kernel."""
+_ITS_PROCESSORS = (
+    "the image is not made for that machine's processors: take one of theirs, or other machines "
+    '(launch.node_selector."kubernetes.io/arch")'
+)
 
 
 def _cannot_run(code: int | None, reason: str, message: str) -> bool:
@@ -229,10 +234,7 @@ def _cannot_run(code: int | None, reason: str, message: str) -> bool:
 
 def _image_mend(key: str, what: str, message: str) -> str:
     if any(words in message for words in _OTHER_PROCESSOR):
-        return (
-            "the image is not made for that machine's processors: take one of theirs, or other machines "
-            '(launch.node_selector."kubernetes.io/arch")'
-        )
+        return _ITS_PROCESSORS
     return f"correct {key}: it does not hold the {what}, or that of another version"
 
 
@@ -278,7 +280,7 @@ def _never_starts(container: ContainerView) -> tuple[str, str] | None:
     if container.reason in ("ErrImagePull", "ImagePullBackOff") and _NO_IMAGE.search(container.message):
         mend = "correct launch.image or launch.agent_image, or add imagePullSecrets (launch.pod_patch)"
         if _OTHER_PROCESSOR[0] in container.message:
-            mend = _image_mend("", "", container.message)
+            mend = _ITS_PROCESSORS
         return f"{container.reason}: {container.message}", mend
     return None
 

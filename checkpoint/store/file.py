@@ -371,8 +371,7 @@ class FileStore:
         try:
             descriptor = os.open(path, flags, 0o666)
         except FileNotFoundError as error:
-            self._check_root(error)
-            self._make_folders(path.parent, durable)
+            self._make_folders(path.parent, durable, error)
             descriptor = os.open(path, flags, 0o666)
         self._folder = self._folder or _number(self.root)
         try:
@@ -400,14 +399,16 @@ class FileStore:
             try:
                 move(temporary, path)
                 break
-            except FileNotFoundError:  # the folder is missing, or a collector has just removed it as empty
+            except FileNotFoundError as error:  # the folder is missing, or a collector has just removed it as empty
                 if attempt == 10:
                     raise
-                self._make_folders(path.parent, durable)
+                self._make_folders(path.parent, durable, error)
         if durable:
             _fsync_folder(path.parent)
 
-    def _make_folders(self, folder: Path, durable: bool) -> None:
+    def _make_folders(self, folder: Path, durable: bool, error: OSError) -> None:
+        """``error``: that they are missing."""
+        self._check_root(error)
         missing = []
         while not folder.is_dir():
             missing.append(folder)
@@ -418,7 +419,6 @@ class FileStore:
             except FileExistsError:
                 pass  # another creator's
             except FileNotFoundError as error:
-                self._check_root(error)
                 if not (self.root.is_relative_to(folder) and folder.parent.is_dir()):
                     raise  # a collector's
                 raise StoreRefused(

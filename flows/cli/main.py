@@ -184,14 +184,17 @@ set_option = click.option(
 )
 
 
-def with_store(store: str | None, out: str = "out") -> str:
+OUT = "out"
+
+
+def with_store(store: str | None, out: str = OUT) -> str:
     """What a command that is printed for a person needs to find the same store, and the same folder of ``--out``."""
-    folder = f" --out {shlex.quote(out)}" if out != "out" else ""
+    folder = f" --out {shlex.quote(out)}" if out != OUT else ""
     return (f" --store {shlex.quote(store)}" if store else "") + folder
 
 
 out_option = click.option(
-    "--out", default="out", show_default=True, help="Folder for what a run writes outside the store."
+    "--out", default=OUT, show_default=True, help="Folder for what a run writes outside the store."
 )
 
 

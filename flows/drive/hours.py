@@ -1,4 +1,5 @@
-"""How long devices have worked for a run, and how much of that was lost: by its log and its index of metrics. Pure.
+"""How long devices have worked for a run, how much of that was lost, and how long failures held it up: by its log and
+its index of metrics. Pure.
 
 An attempt counts from its record to its newest step, by as many devices as it has ranks: also its start-up, and steps
 that are done twice. One that did no step counts nothing: it waited, or nobody knows. So does the time in which the
@@ -48,6 +49,21 @@ def worked(attempts: Sequence[AttemptInfo], curve: Curve, back: Mapping[int, int
         lost += attempt.ranks * (began + min(trained, twice * step_s)) / HOUR
         reached = max(reached, row.last.step)
     return Hours(used, lost)
+
+
+def recoveries(attempts: Sequence[AttemptInfo], rows: Mapping[int, AttemptRow]) -> dict[int, float]:
+    """By the epoch of an attempt that a failure caused (nobody waited for one that a person asked for), the seconds
+    from the last step before it to its first. ``rows``: of the index of metrics, by epoch.
+    """
+    found: dict[int, float] = {}
+    last: float | None = None
+    for attempt in attempts:
+        if (row := rows.get(attempt.epoch)) is None:
+            continue
+        if last is not None and attempt.body.get("cause"):
+            found[attempt.epoch] = row.first.time - last
+        last = row.last.time
+    return found
 
 
 def _trained(row: AttemptRow, slept: Mapping[int, float]) -> float:

@@ -31,6 +31,7 @@ from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.driving import Ears
 from flows.drive.events import Event, Outcome
+from flows.drive.hours import recoveries
 from flows.drive.line import ordered_back
 from flows.drive.live import load_curve, on_line
 from flows.drive.scores import line_evaluations, score_markdown
@@ -435,14 +436,10 @@ class Page:
             return
         points = on_line(index.curve(), ordered_back(state))
         self._curve = {**{step: point.loss for step, point in points.items()}, **self._curve}
-        last: float | None = None
-        failed = {a.epoch for a in state.attempts if a.body.get("cause")}
-        for epoch, row in sorted(index.rows.items()):
+        self._back = recoveries(state.attempts, index.rows) | self._back
+        for epoch, row in index.rows.items():
             low, high = self._spans.get(epoch, (row.first.step, row.last.step))
             self._spans[epoch] = (min(low, row.first.step), max(high, row.last.step))
-            if last is not None and epoch in failed:
-                self._back.setdefault(epoch, row.first.time - last)
-            last = row.last.time
 
     def _tell_tasks(self) -> None:
         assert self._client is not None

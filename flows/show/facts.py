@@ -13,7 +13,7 @@ from checkpoint.keys import traces_prefix
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
-from flows.drive.hours import worked
+from flows.drive.hours import recoveries, worked
 from flows.drive.line import ordered_back, parent_of
 from flows.drive.live import load_curve, on_line, read_curve
 from flows.drive.orders import describe
@@ -168,18 +168,16 @@ def _layout(attempt: AttemptInfo) -> str:
 
 def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[AttemptFact]:
     """Attempts with the steps that each did, what was done twice (without what an order left), and how long until steps
-    came again after a failure (not where a person resumed it: nobody waited).
+    came again after a failure.
 
     ``rows``: of the index of metrics, by epoch.
     """
     out: list[AttemptFact] = []
     reached, back = 0, dict(ordered_back(state))
-    last_time: float | None = None
+    recovered = recoveries(state.attempts, rows)
     for number, attempt in enumerate(state.attempts, 1):
         reached = back.get(attempt.epoch, reached)
         row = rows.get(attempt.epoch)
-        failed = bool(attempt.body.get("cause"))
-        recovery = row.first.time - last_time if failed and row is not None and last_time is not None else None
         out.append(
             AttemptFact(
                 number=number,
@@ -190,13 +188,13 @@ def attempt_facts(state: RunState, rows: Mapping[int, AttemptRow]) -> list[Attem
                 first_step=row.first.step if row is not None else None,
                 last_step=row.last.step if row is not None else None,
                 lost_steps=max(0, reached - attempt.step) if out else 0,
-                recovery_s=recovery,
+                recovery_s=recovered.get(attempt.epoch),
                 layout=_layout(attempt),
                 reason=attempt.reason,
             )
         )
         if row is not None:
-            last_time, reached = row.last.time, max(reached, row.last.step)
+            reached = max(reached, row.last.step)
     return out
 
 
