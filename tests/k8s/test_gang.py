@@ -20,7 +20,7 @@ from tests.k8s.api_server import ApiServer
 from tests.k8s.conftest import STEPS
 from tests.k8s.kubelet import Kubelet, Pod
 from tests.k8s.test_watch import until
-from tests.support.chaos import _rank_pid, rank_step
+from tests.support.chaos import rank_pid, rank_step
 from tests.support.place import Place, finish
 
 SETS = [
@@ -57,7 +57,7 @@ def test_a_run_through_every_loss_ends_with_the_bits_of_the_local_one(
     reached(first, 0, 8)
 
     # a rank dies: again in place, no pod made anew
-    pid = _rank_pid(kubelet.of(1).folder, 3)
+    pid = rank_pid(kubelet.of(1).folder, 3)
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     until(lambda: len(log_of(place, run).attempts) == 2, "the second attempt")

@@ -88,7 +88,7 @@ def unleashed(fault: Fault, run_folder: Path, work: Path) -> Iterator[subprocess
 @contextlib.contextmanager
 def frozen(work: Path, rank: int) -> Iterator[None]:
     """One rank below the folder is stopped (SIGSTOP) inside the block, so that the run cannot end meanwhile."""
-    pid = _rank_pid(work, rank)
+    pid = rank_pid(work, rank)
     assert pid is not None, f"rank {rank} does not run"
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -189,7 +189,7 @@ def kill_between_attempts(work: Path, rank: int, during: Callable[[], None], *, 
     """SIGKILL of a rank; ``during`` runs when no rank is left, before the agent hears of it. ``ahead``: steps that the
     gang does meanwhile, whose snapshots are in memory alone.
     """
-    agent, pid = _of_kind(work, "agent"), _rank_pid(work, rank)
+    agent, pid = _of_kind(work, "agent"), rank_pid(work, rank)
     assert agent is not None, "no agent runs"
     assert pid is not None, f"rank {rank} does not run"
     os.kill(agent, signal.SIGSTOP)
@@ -226,7 +226,8 @@ def pids_below(work: Path, strangers: Collection[int] = (), word: str = "") -> I
             continue
 
 
-def _rank_pid(work: Path, rank: int, strangers: Collection[int] = ()) -> int | None:
+def rank_pid(work: Path, rank: int, strangers: Collection[int] = ()) -> int | None:
+    """The process of a rank below this folder; None where it does not run."""
     for pid, args in pids_below(work, strangers, "--rank"):
         if "rank" in args[1:2] and args[args.index("--rank") + 1] == str(rank):
             return pid
@@ -260,7 +261,7 @@ def step_of(pid: int) -> int | None:
 
 def rank_step(work: Path, rank: int) -> int | None:
     """The same of a rank below this folder; None where it does not run."""
-    pid = _rank_pid(work, rank)
+    pid = rank_pid(work, rank)
     return step_of(pid) if pid else None
 
 
@@ -294,7 +295,7 @@ def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
     checked = _Checked()
     strangers = _strangers(work)
     while time.monotonic() < deadline:
-        pid = _rank_pid(work, fault.rank, strangers)
+        pid = rank_pid(work, fault.rank, strangers)
         page = _page_of(pid) if pid else None
         if pid is None or page is None:
             time.sleep(0.005)
@@ -353,7 +354,7 @@ class Held:
         if self._pid is not None and now > self._until:
             self.release()
         if self._pid is None:
-            pid = _rank_pid(self._work, 0, self._strangers)
+            pid = rank_pid(self._work, 0, self._strangers)
             step = step_of(pid) if pid is not None else None
             if pid is not None and step is not None and step > self._next:
                 with contextlib.suppress(ProcessLookupError):

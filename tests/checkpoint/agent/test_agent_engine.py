@@ -15,7 +15,7 @@ import pytest
 from checkpoint import keys
 from checkpoint.log import CheckpointInfo
 from tests.support.agents import Run, make_run, put_dataset, tiny_spec, wait_for
-from tests.support.chaos import step_of
+from tests.support.chaos import rank_pid, rank_step, step_of
 from tests.support.processes import stop
 from tests.support.s3_server import S3Server
 from trainer import wire
@@ -54,20 +54,24 @@ def idle(run: Run, epoch: int, nodes: int = 1) -> list[dict[str, Any]]:
     return wait_for(look, f"attempt {epoch} to be over", 60)
 
 
-def reached(run: Run, step: int) -> dict[str, Any]:
-    """The status of node 0 once its rank 0 is at this step: looked for at the rank itself, since what its agent writes
-    lags behind, and the run may be over by then.
+def reached(run: Run, root: Path, step: int) -> dict[str, Any]:
+    """The status of node 0 once its rank 0 is at this step. The rank stands still until its agent has written that: a
+    fast machine's run may be over by then.
     """
 
     def running() -> dict[str, Any] | None:
         found = run.status()
-        return (
-            found if found and found["phase"] == "running" and all(r["pid"] for r in found["ranks"].values()) else None
-        )
+        pids = [ranked["pid"] for ranked in found["ranks"].values()] if found and found["phase"] == "running" else []
+        return found if rank in pids and all(pids) else None
 
-    status = wait_for(running, "the ranks", 60)
-    wait_for(lambda: (step_of(status["ranks"]["0"]["pid"]) or 0) >= step, f"step {step}", 60)
-    return status
+    wait_for(lambda: (rank_step(root, 0) or 0) >= step, f"step {step}", 60)
+    rank = rank_pid(root, 0)
+    assert rank is not None
+    stop(rank)
+    try:
+        return wait_for(running, "the ranks", 60)
+    finally:
+        os.kill(rank, signal.SIGCONT)
 
 
 def spec_of(**changes: Any) -> RunSpec:
@@ -98,7 +102,7 @@ def test_a_killed_rank_and_the_next_attempt_from_the_slots(tmp_path: Path, undis
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, 60)
+        status = reached(run, tmp_path, 60)
         os.kill(status["ranks"]["0"]["pid"], signal.SIGKILL)
         statuses = idle(run, first, nodes)
         assert statuses[0]["ranks"]["0"]["signal"] == signal.SIGKILL
@@ -120,7 +124,7 @@ def test_memory_and_store_have_cadences_of_their_own(tmp_path: Path, undisturbed
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, 60)
+        status = reached(run, tmp_path, 60)
         os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
         slots = newest_in_slots(idle(run, first))
         assert slots["step"] % 5 == 0
@@ -137,9 +141,8 @@ def test_with_the_agent_stopped_and_every_slot_held_training_goes_on(tmp_path: P
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         epoch = run.attempt(spec, plan)
-        status = wait_for(lambda: (s := run.status()) and s["ranks"].get("0", {}).get("pid") and s, "rank 0", 60)
+        status = reached(run, tmp_path, 1)
         agent, rank = status["pid"], status["ranks"]["0"]["pid"]
-        wait_for(lambda: (step_of(rank) or 0) >= 1, "the first step", 60)
         stop(rank)
         stop(agent)
         try:
@@ -191,7 +194,7 @@ def test_resume_from_the_store_on_another_number_of_stages(tmp_path: Path, undis
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, 60)
+        status = reached(run, tmp_path, 60)
         wait_for(lambda: run.fold().checkpoints, "a checkpoint")
         os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
         idle(run, first)
@@ -211,7 +214,7 @@ def test_a_killed_agent_costs_nothing(tmp_path: Path, undisturbed: str) -> None:
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out") as (launcher, launch):
         epoch = run.attempt(spec, plan)
-        before = reached(run, 60)
+        before = reached(run, tmp_path, 60)
         _kill_agent(before)
         wait_for(lambda: launcher.observe(launch.launch_id).state == "partial", "the agent's death to be seen")
         launcher.ensure(launch)
@@ -231,7 +234,7 @@ def test_a_killed_supervisor_ends_the_attempt_and_the_next_one_starts_in_place(
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out") as (launcher, launch):
         first = run.attempt(spec, plan)
-        status = reached(run, 60)
+        status = reached(run, tmp_path, 60)
         os.kill(status["supervisor"], signal.SIGKILL)
         (status,) = idle(run, first)
         assert {r["code"] for r in status["ranks"].values()} == {75}
@@ -250,7 +253,7 @@ def test_on_s3(tmp_path: Path, undisturbed: str, server: S3Server, monkeypatch: 
     run, plan = make_run(tmp_path, spec, server.url("agent-engine"))
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, 100)
+        status = reached(run, tmp_path, 100)
         wait_for(lambda: run.fold().checkpoints, "a checkpoint")
         os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
         idle(run, first)

@@ -146,6 +146,8 @@ def test_prefect_is_away_for_an_hour(prefect: Api, store: Store, lost: bool) -> 
         wait_for(lambda: prefect.named(told.run), "the flow run", 60)
         front.shut()
         before = prefect.named(told.run)[0]["id"]
+        now[0] += 60.0
+        wait_for(lambda: told.page.failures, "a try that fails: no question is on its way any more", 60)
         if lost:
             prefect.delete(f"flow_runs/{before}")
         for minute in range(60):

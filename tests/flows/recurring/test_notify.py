@@ -52,7 +52,8 @@ def test_who_is_named_hears_of_a_run_that_gave_up(prefect: Api, heard: tuple[str
     address, got = heard
     name = "heard"
     with temporary_settings({PREFECT_API_URL: prefect.server.api}), Client.open(None, patience_s=30.0) as client:
-        Webhook(method="POST", url=address).save("team", overwrite=True, _sync=True)  # type: ignore[call-arg]
+        hook = Webhook(method="POST", url=address)
+        client.call(lambda: hook.save("team", overwrite=True, _sync=True))  # type: ignore[call-arg]
         when = Interval(timedelta(days=300))
         made = registered(client, scheduled(SPEC, "file:///nowhere", "out", when, name, "seldom"))
         with pytest.raises(Refused, match="no block slack-webhook/nobody"):
