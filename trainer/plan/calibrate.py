@@ -7,7 +7,7 @@ not fitted: what they cost is the simulator's to say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,8 @@ from trainer.plan.timeline import Timeline
 
 _STEPS = (4.0, 1.6, 1.2, 1.05, 1.01)
 _RATES = ("flops_per_s", "memory_bytes_per_s", "call_s")
+_PARTS = (0.02, 0.2, 0.5, 0.8, 0.98)
+"""Of a step's seconds, what arithmetic has where a descent begins."""
 
 
 def programs_seconds(timelines: Sequence[Timeline]) -> dict[tuple[Rank, str], float]:
@@ -38,7 +40,8 @@ def programs_seconds(timelines: Sequence[Timeline]) -> dict[tuple[Rank, str], fl
 
 
 def fitted(plan: Plan, timelines: Sequence[Timeline], start: CostModel) -> CostModel:
-    """``start`` with the rates that a run's traced steps show. PlanError where they show no program of the plan."""
+    """``start`` with the rates that a run's traced steps show; its own rates play no part. PlanError where they show no
+    program of the plan."""
     measured = programs_seconds(timelines)
     works, times, weights = [], [], []
     for rank in plan.ranks.all:
@@ -51,8 +54,29 @@ def fitted(plan: Plan, timelines: Sequence[Timeline], start: CostModel) -> CostM
                 weights.append(seconds * count)
     if not times:
         raise PlanError("the traces show no program of this plan; measure a run of the same spec")
-    best = start
-    error = _error(best, works, times, weights)
+    found = (_descended(balance, works, times, weights) for balance in _balances(start, works, times))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _balances(
+    start: CostModel, works: Sequence[Sequence[NDArray[np.float64]]], times: Sequence[float]
+) -> Iterator[CostModel]:
+    """Rates to begin at, from calls that all wait for arithmetic to calls that all wait for memory, each as fast as the
+    times say: a descent from one side alone may end there, since a rate that no call waits for moves nothing.
+    """
+    calls = np.concatenate([work[:-1] for variants in works for work in variants])
+    flops, touched = float(calls[:, 0].sum()), float(calls[:, 1].sum())
+    seconds = sum(seconds * len(variants) for seconds, variants in zip(times, works, strict=True))
+    for part in _PARTS:
+        rates = (flops / (seconds * part), touched / (seconds * (1 - part)))
+        yield replace(start, flops_per_s=max(rates[0], 1.0), memory_bytes_per_s=max(rates[1], 1.0))
+
+
+def _descended(
+    start: CostModel, works: Sequence[Sequence[NDArray[np.float64]]], times: Sequence[float], weights: Sequence[float]
+) -> tuple[float, CostModel]:
+    """The error that is left, and the rates, of which each was moved by turns for as long as that made it smaller."""
+    best, error = start, _error(start, works, times, weights)
     for step in _STEPS:
         moved = True
         while moved:
@@ -63,7 +87,7 @@ def fitted(plan: Plan, timelines: Sequence[Timeline], start: CostModel) -> CostM
                     now = _error(tried, works, times, weights)
                     if now < error * (1 - 1e-9):
                         best, error, moved = tried, now, True
-    return best
+    return error, best
 
 
 def _runs(plan: Plan, rank: Rank) -> Mapping[str, tuple[list[str], int]]:

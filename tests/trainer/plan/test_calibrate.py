@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.engine.plans import GPT2, small_plan
@@ -26,6 +28,18 @@ def test_the_rates_that_made_the_times_come_back() -> None:
     assert again.step_seconds == pytest.approx(step.seconds, rel=0.02)
     wrong = simulate(from_plan(plan, GUESS), GUESS)
     assert abs(wrong.step_seconds / step.seconds - 1) > 0.3
+
+
+def test_what_a_busy_machine_s_yardstick_says_moves_nothing() -> None:
+    """A descent that began at its rates ended where every call waits for memory, 11 % away."""
+    slow = CostModel(flops_per_s=1e8, memory_bytes_per_s=1e9, call_s=4e-6)
+    plan = small_plan(
+        parallel={"stages": 1}, model=GPT2 | {"layers": 4, "width": 64, "heads": 4}, batch=8, microbatch=2
+    )
+    step = simulate(from_plan(plan, slow), slow).timeline
+    again = fitted(plan, [step], replace(slow, flops_per_s=26e10, memory_bytes_per_s=3e9))
+    assert again == fitted(plan, [step], replace(slow, flops_per_s=6e9, memory_bytes_per_s=5e10))
+    assert simulate(from_plan(plan, again), again).step_seconds == pytest.approx(step.seconds, rel=0.01)
 
 
 def test_a_sleep_is_no_rate() -> None:
