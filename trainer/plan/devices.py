@@ -32,6 +32,14 @@ CALL_S = 2e-6
 TOGETHER, TOGETHER_CALLS = ("sumsq", "sumsq_parts", "sum", "adamw", "adamw_copy", "zero", "cast"), 64
 """Kernels whose calls for tensors are a launch, up to so many of them (``kernels/cuda/cuda.h``)."""
 
+TILES = ((128, 128), (128, 192), (192, 128), (128, 256), (256, 128))
+"""Of a product's result, what a processor computes at a time where tensor cores are kept busy."""
+LINEARS = {
+    "linear_fwd": "RN", "linear_igrad": "RK", "linear_wgrad": "NK",
+    "linear8_fwd": "RN", "linear8_igrad": "RK", "linear8_wgrad": "NK",
+}  # fmt: skip
+"""Products by kernel, with the sides of their result."""
+
 
 @dataclass(frozen=True)
 class DeviceSheet:
@@ -53,10 +61,13 @@ class DeviceSheet:
     """What a process takes of its memory beside the plan's buffers."""
     calls_a_launch: int = TOGETHER_CALLS
     """Of the kernels in ``TOGETHER``."""
+    processors: int = 0
+    """That have a tile of a product at a time; 0: tiles are not counted."""
 
 
 # Memory, bandwidth, bf16 and fp8 peaks, links, network: the makers' tables as collected in August 2026 by
 # stas00/ml-engineering (compute/accelerator); H200's memory and bandwidth: NVIDIA's sheet of it, the rest as H100's;
+# processors: H100's and H200's as NVIDIA's paper on Hopper has them, Blackwell's as CUDA counts them (GB300's assumed);
 # fp32 without tensor cores, as our products of that type run: the makers' sheets (GB300's as B200's: assumed).
 # Shares of products: the best shape of torch's matrix products, same source ("MAMF"): H100 794.5 of 989 (bf16) and
 # 1402.6 of 1979 (fp8), B200 1745 of 2250, B300 1769 (here of GB300's 2500), GB200 1822 of 2500, and fp8 3615.6 of 5000
@@ -69,22 +80,27 @@ SHEETS: Mapping[str, DeviceSheet] = {
         DeviceSheet(
             "H100", 80 * 10**9, 3.35e12, {"fp32": 67e12, "bf16": 989e12, "fp8": 1979e12},
             {"fp32": 0.8, "bf16": 0.80, "fp8": 0.71}, 0.45, 450e9, 50e9,
+            processors=132,
         ),
         DeviceSheet(
             "H200", 141 * 10**9, 4.8e12, {"fp32": 67e12, "bf16": 989e12, "fp8": 1979e12},
             {"fp32": 0.8, "bf16": 0.80, "fp8": 0.71}, 0.45, 450e9, 50e9,
+            processors=132,
         ),
         DeviceSheet(
             "B200", 180 * 10**9, 8.0e12, {"fp32": 75e12, "bf16": 2250e12, "fp8": 4500e12},
             {"fp32": 0.8, "bf16": 0.77, "fp8": 0.72}, 0.45, 900e9, 50e9,
+            processors=148,
         ),
         DeviceSheet(
             "GB200", 186 * 10**9, 8.0e12, {"fp32": 75e12, "bf16": 2500e12, "fp8": 5000e12},
             {"fp32": 0.8, "bf16": 0.73, "fp8": 0.72}, 0.45, 900e9, 50e9,
+            processors=152,
         ),
         DeviceSheet(
             "GB300", 279 * 10**9, 8.0e12, {"fp32": 75e12, "bf16": 2500e12, "fp8": 5000e12},
             {"fp32": 0.8, "bf16": 0.70, "fp8": 0.72}, 0.45, 900e9, 100e9,
+            processors=152,
         ),
         # a core of a 2-core laptop: our own measurements of a Zen 4 core; FP8 is computed there as bf16
         DeviceSheet(
@@ -145,6 +161,25 @@ def launches(calls: Sequence[BoundCall], most: int = TOGETHER_CALLS) -> int:
     return len(calls) - sum(count - -(-count // most) for count in made.values())
 
 
+def busy(kernel: str, dims: Dims, processors: int) -> float:
+    """Of a device's processors, the share that a linear's product keeps busy: the last round of tiles leaves some idle.
+
+    >>> busy("linear_wgrad", [32768, 768, 768], 132), busy("linear_wgrad", [32768, 3072, 768], 132)
+    (0.2727272727272727, 0.7272727272727273)
+    """
+    sides = LINEARS.get(kernel)
+    if not sides or not processors:
+        return 1.0
+    named = KERNELS[kernel].named(dims)
+    rows, columns = (named[side] for side in sides)
+    best = 0.0
+    for high, wide in TILES:
+        tiles = -(-rows // high) * -(-columns // wide)
+        rounds = -(-tiles // processors)
+        best = max(best, rows * columns / (rounds * processors * high * wide))
+    return best
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceCost(CostModel):
     """A sheet's costs, for products of one precision."""
@@ -160,6 +195,8 @@ class DeviceCost(CostModel):
         found = work(kernel, dims)
         done = 2 * (found.products + found.again)
         moved = bytes_touched + head_again(kernel, dims, 4 if self.precision == "fp32" else 2)
+        if kind != "fp32":  # whose tiles may be small: it needs no tensor cores
+            rate *= busy(kernel, dims, self.sheet.processors)
         return self.call_s + max(done / rate, moved / self.memory_bytes_per_s)
 
     def bound_seconds(self, call: BoundCall) -> float:
@@ -190,11 +227,14 @@ def cost_of(sheet: DeviceSheet, spec: RunSpec) -> DeviceCost:
 def assumptions(sheet: DeviceSheet, spec: RunSpec) -> str:
     """What the estimate stands on, for people."""
     precision = spec.train.precision
+    tiles = f", tiles of 128 x 256 or less on {sheet.processors} processors" * (
+        sheet.processors > 0 and precision != "fp32"
+    )
     return (
         f"by roofline of {sheet.name}'s sheet, a rank a device; assumed: products at "
         f"{sheet.product_share[precision]:.0%} of {sheet.peak[precision] / 1e12:,.0f} TFLOP/s ({precision}), attention "
         f"at {sheet.attention_share:.0%} of its peak, the rest at {sheet.memory_share:.0%} of "
-        f"{sheet.memory_bytes_per_s / 1e12:.2f} TB/s, {CALL_S * 1e6:.0f} us a launch; nothing of it is measured"
+        f"{sheet.memory_bytes_per_s / 1e12:.2f} TB/s, {CALL_S * 1e6:.0f} us a launch{tiles}; nothing of it is measured"
     )
 
 

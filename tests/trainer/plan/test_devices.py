@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from trainer.plan.devices import (
     TOGETHER,
     TOGETHER_CALLS,
     WORKSPACE_BYTES,
+    busy,
     cost_of,
     fits,
     launches,
@@ -94,18 +96,34 @@ def test_a_step_takes_what_its_roofline_says(one: tuple[Plan, RunSpec], name: st
 
 def test_the_rates_are_those_of_a_calls_kind(one: tuple[Plan, RunSpec]) -> None:
     cost = cost_of(SHEETS["H100"], one[1])
+    filled = 512 / (4 * 132)  # tiles of 128 x 256 in 4 rounds
     product = cost.call_seconds("linear_fwd", [4096, 4096, 4096, 4096, 4096, 0], 0)
-    assert product == pytest.approx(2 * 4096**3 / (0.8 * 989e12) + cost.call_s)
+    assert product == pytest.approx(2 * 4096**3 / (filled * 0.8 * 989e12) + cost.call_s)
     attention = cost.call_seconds("attention_fwd", [1, 4096, 32, 32, 64, 1, 1, 1, 1, 0], 0)
     assert attention == pytest.approx(4 * 32 * 64 * 4096 * 4097 / 2 / (0.45 * 989e12) + cost.call_s)
     eight = cost_of(
         SHEETS["H100"], one[1].model_copy(update={"train": one[1].train.model_copy(update={"precision": "fp8"})})
     )
     dims = [4096] * KERNELS["linear8_fwd"].dims
-    assert eight.call_seconds("linear8_fwd", dims, 0) == pytest.approx(2 * 4096**3 / (0.71 * 1979e12) + cost.call_s)
+    assert eight.call_seconds("linear8_fwd", dims, 0) == pytest.approx(
+        2 * 4096**3 / (filled * 0.71 * 1979e12) + cost.call_s
+    )
     same = [4096, 4096, 4096, 4096, 4096, 0]
     assert eight.call_seconds("linear_fwd", same, 0) == product, "what is not the blocks' stays bf16"
     assert cost.call_seconds("gelu_fwd", [1], 3_015_000) == pytest.approx(1e-6 + cost.call_s)
+
+
+def test_tiles_that_do_not_fill_the_processors_cost_time(one: tuple[Plan, RunSpec]) -> None:
+    """What docs/gpu.md has of GPT-2 124M: 4 ms, all of it of the weights' gradients."""
+    sheet = SHEETS["H200"]
+    plan, spec = one
+    counted, filled = (
+        foretell.simulate_on(plan, spec, each).step_seconds for each in (sheet, replace(sheet, processors=0))
+    )
+    assert 3.5e-3 < counted - filled < 4.5e-3
+    assert busy("linear_wgrad", [32768, 2304, 768], 132) == 108 / 132
+    assert busy("linear8_fwd", [32768, 768, 768], 132) > 0.96
+    assert busy("linear_wgrad", [32768, 768, 768], 0) == busy("attention_fwd", [1] * 10, 132) == 1.0
 
 
 def test_small_chunks_of_the_head_are_told() -> None:
