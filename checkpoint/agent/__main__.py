@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             return 78
         place = Place.of(work, address=args.host, nodes=args.nodes)
         fence()  # without one, snapshots could be read torn
-        store = open_store(args.store)
+        store = open_store(args.store, begun=True)
         link = Link(args.socket)
     except (OSError, CheckpointError) as error:
         log.error("the agent cannot start: %s", error)

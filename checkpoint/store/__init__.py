@@ -12,8 +12,9 @@ from checkpoint.store.overlay import SCHEME, OverlayStore, open_overlay
 __all__ = ["Data", "Info", "OverlayStore", "Pace", "Store", "address", "endpoint_of", "open_store"]
 
 
-def open_store(url: str) -> Store:
-    """The store at this address; no request is made yet. ``memory:`` gives a new, empty one each time.
+def open_store(url: str, *, begun: bool = False) -> Store:
+    """The store at this address; no request is made yet. ``memory:`` gives a new, empty one each time. ``begun``: it
+    has a run, as whoever opens it knows: a folder without any is waited for, not begun.
 
     >>> open_store("memory:").create("probe/a", b"1")
     True
@@ -28,7 +29,7 @@ def open_store(url: str) -> Store:
 
         return open_s3(url)
     if scheme == "file":
-        return FileStore(folder_of(url))
+        return FileStore(folder_of(url), begun=begun)
     if scheme == SCHEME:
         return open_overlay(url, open_store)
     raise StoreRefused(

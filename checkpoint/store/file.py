@@ -148,21 +148,23 @@ def _no_links(error: OSError, what: str, root: Path) -> StoreRefused:
 
 
 class FileStore:
-    """Objects as files below ``root``; made at the first write where it is missing."""
+    """Objects as files below ``root``; made at the first write where it is missing, but for who knows that there is a
+    run (``begun``).
+    """
 
     pace = FREE
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, begun: bool = False) -> None:
         if "\0" in str(root):
             raise StoreRefused(f"file store {str(root)!r}: a path holds no NUL byte; take it out")
         if not root.is_absolute():
             raise StoreRefused(f"file store {root}: the path must be absolute, as in file:///home/me/runs")
-        self.root = root
+        self.root, self._begun = root, begun
         self._numbers = itertools.count()
         self._token = secrets.token_hex(4)
         self._rate: Rate | None = None
         self._folder: int | None = None
-        """Of the first write; None: nothing was written yet."""
+        """Of the first object that was written or found; None: there was none yet."""
 
     @property
     def url(self) -> str:
@@ -182,6 +184,7 @@ class FileStore:
         durable = not is_hint(key)
         try:
             if os.path.lexists(path):  # the common way to lose: no need to write first
+                self._know()
                 return self._holds(path, data)
             temporary = self._write(data, durable)
             try:
@@ -220,6 +223,7 @@ class FileStore:
                 begin, count = window(key, os.fstat(file.fileno()).st_size, max_bytes, first, length)
                 file.seek(begin)
                 data = _read(file.fileno(), count)
+            self._know()
         except (FileNotFoundError, NotADirectoryError) as error:
             self._check_root(error)
             raise NotFound(key, self.describe()) from error
@@ -274,6 +278,7 @@ class FileStore:
             return None
         except OSError as error:
             raise translate(error, f"looking at {key!r}", self.root) from error
+        self._know()
         return None if os.path.isdir(path) else Info(key, status.st_size, status.st_mtime)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
@@ -326,15 +331,25 @@ class FileStore:
 
     # --- inside -------------------------------------------------------------------------------------------
 
+    def _know(self) -> None:
+        """Something of the store is there: from here on it is known by its folder."""
+        self._folder = self._folder or _number(self.root)
+
     def _check_root(self, error: OSError) -> None:
-        """Where something is missing. StoreUnavailable where the folder is not that of this store's first write: it is
-        neither read nor begun anew, as what was there would be missed by nobody. StoreRefused where none can be.
+        """Where something is missing. StoreUnavailable where the folder is not the one that this store has met, or has
+        no run where there must be one: it is neither read nor begun anew, as what was there would be missed by nobody.
+        StoreRefused where none can be.
         """
         known = self._folder  # before the look: another thread may be making the folder
         if known is not None and known != _number(self.root):
             raise StoreUnavailable(
-                f"the file store {self.root} is gone, and this process has written there: put the folder back where it "
-                "was, or mount its disk again, and it goes on; nothing is written there meanwhile"
+                f"the file store {self.root} is gone, and this process has used it: put the folder back where it was, "
+                "or mount its disk again, and it goes on; nothing is written there meanwhile"
+            ) from error
+        if self._begun and not os.path.isdir(self.root / "runs"):
+            raise StoreUnavailable(
+                f"the file store {self.root} is not there, or has no runs, and this process serves one of them: put "
+                "the folder back where it was, or mount its disk again, and it goes on"
             ) from error
         if os.path.isdir(self.root):
             return
@@ -373,7 +388,7 @@ class FileStore:
         except FileNotFoundError as error:
             self._make_folders(path.parent, durable, error)
             descriptor = os.open(path, flags, 0o666)
-        self._folder = self._folder or _number(self.root)
+        self._know()
         try:
             try:
                 rest, rate = memoryview(data).cast("B"), self._rate
