@@ -49,7 +49,8 @@ class ParquetSource:
                 if first <= begin and (last < 0 or begin < last):
                     rows = max(1, min(_ROWS, _BYTES * group.num_rows // max(1, _bytes_of(group, columns))))
                     for batch in table.iter_batches(rows, [number], columns, use_threads=False):
-                        yield from _rows(batch.to_pylist(), self._field, self._prompt, entry.name, row, borne)
+                        held = _listed(batch, entry.name, row)
+                        yield from _rows(held, self._field, self._prompt, entry.name, row, borne)
                         row += batch.num_rows
                 else:
                     row += group.num_rows
@@ -71,6 +72,27 @@ class ParquetSource:
         if self._more is None:
             return None
         return _columns_of(table.schema_arrow.names, self._field, self._prompt, self._more)
+
+
+def _listed(batch: Any, name: str, first: int) -> Sequence[Mapping[str, Any]]:
+    """Rows of a batch as Python's values. DatasetError, with the column, where those have no room for one."""
+    try:
+        rows: Sequence[Mapping[str, Any]] = batch.to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (ArithmeticError, LookupError, ValueError):  # dates, times and spans of time beyond Python's, zones
+        for column in batch.schema.names:
+            try:
+                batch.column(column).to_pylist()
+            except (ArithmeticError, LookupError, ValueError) as error:
+                raise DatasetError(
+                    f"{name}, rows {first + 1:,} to {first + batch.num_rows:,}: the column {column!r} of type "
+                    f"{batch.schema.field(column).type} holds what Python has no value for ({error}), and "
+                    "data.filter.predicate is given all columns: write it as text or numbers, or leave it out of the "
+                    "file"
+                ) from error
+        raise
+    return rows
 
 
 def _cast(kind: Any, name: str) -> str:
@@ -262,7 +284,8 @@ class HubSource:
             table = table.select_columns(_columns_of(table.column_names, self._field, self._prompt, self._more))
         step = max(1, min(_ROWS, _BYTES * rows // entry.size))
         for at in range(begin, end, step):
-            columns = table[at : min(at + step, end)]
+            with _by_datasets(f"{self._source}, rows {at + 1:,} to {min(at + step, end):,} cannot be read"):
+                columns = table[at : min(at + step, end)]
             batch = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             yield from _rows(batch, self._field, self._prompt, self._source, at, borne)
 
@@ -270,6 +293,16 @@ class HubSource:
 def _files(table: Any) -> list[dict[str, Any]]:
     """Its Arrow files, with their sizes."""
     return [{"size": os.path.getsize(f["filename"])} for f in table.cache_files if os.path.exists(f["filename"])]
+
+
+@contextmanager
+def _by_datasets(what: str) -> Iterator[None]:
+    """What the library raises as DatasetError."""
+    try:
+        yield
+    except Exception as error:  # its own, its file systems', its downloads', of columns that it unpacks: dozens
+        why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise DatasetError(f"{what} by datasets: {why}") from error
 
 
 @functools.lru_cache(maxsize=2)
@@ -283,16 +316,14 @@ def _hub(source: str) -> Any:
     folder = os.path.expanduser(path)
     split = options.pop("split", None)
     datasets.disable_progress_bars()
-    try:
-        if os.path.exists(os.path.join(folder, "state.json")) or os.path.exists(
-            os.path.join(folder, "dataset_dict.json")
-        ):
+    saved = any(os.path.exists(os.path.join(folder, name)) for name in ("state.json", "dataset_dict.json"))
+    if saved and options:
+        raise SpecError(f"data.source {source!r}: what save_to_disk wrote has no {next(iter(options))}; leave that out")
+    with _by_datasets(f"data.source {source!r} cannot be opened"):
+        if saved:
             found = datasets.load_from_disk(folder)
         else:
             found = datasets.load_dataset(folder if os.path.isdir(folder) else path, **options)
-    except Exception as error:  # the library's own, its file systems', its downloads': a dozen families
-        why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise DatasetError(f"data.source {source!r} cannot be opened by datasets: {why}") from error
     if isinstance(found, Mapping):
         if split is None and len(found) == 1:
             split = next(iter(found))
@@ -303,4 +334,9 @@ def _hub(source: str) -> Any:
                 f"hf:{path}?split={next(iter(found), 'train')}"
             )
         found = found[split]
-    return found
+    elif split not in (None, str(found.split)):
+        raise DatasetError(
+            f"data.source {source!r} has no split {split!r}: it is one table, all of whose rows are read; leave "
+            "?split= out, or save the rows that are meant as a dataset of their own"
+        )
+    return found.with_format(None)  # it may have been saved as torch's, NumPy's, or with some of its columns alone

@@ -6,13 +6,19 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
+import re
 from collections.abc import Callable, Iterator
 
 from flows.data.sources.base import LONG_LETTERS, Borne, Document, Entry
 from flows.data.sources.files import BOM, chunks_of, is_packed, look_at_files, opened_file
 from trainer.errors import DatasetError
+from trainer.spec_fields import shown
+
+log = logging.getLogger(__name__)
 
 NEWLINE = b"\n"
+_RECORDS = re.compile(r"\.(jsonl|ndjson|jsonlines)(\.(gz|zst))?$", re.IGNORECASE)
 
 
 class TextSource:
@@ -22,7 +28,17 @@ class TextSource:
         self._source = source
 
     def look(self) -> list[Entry]:
-        return look_at_files(self._source)
+        entries = look_at_files(self._source)
+        records = [entry.name for entry in entries if _RECORDS.search(entry.name)]
+        if records:
+            log.warning(
+                "data.source %s: %d file(s) are JSON lines by name, such as %s, and each becomes one text with all its "
+                "keys and braces; jsonl:GLOB reads the texts in them",
+                shown(self._source),
+                len(records),
+                shown(records[0]),
+            )
+        return entries
 
     def divides(self, entry: Entry) -> bool:
         return False

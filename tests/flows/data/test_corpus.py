@@ -100,7 +100,11 @@ def parquet() -> bytes:
     [
         (bz2.compress(b"x"), "bzip2, .* bunzip2"),
         (lzma.compress(b"x"), "xz, .* unxz"),
+        (lzma.compress(b"x", lzma.FORMAT_ALONE), "packed by lzma, .* unlzma"),
+        (b"\x02\x21\x4c\x18" + bytes(9), "LZ4"),
         (parquet(), "Parquet"),
+        (b"WARC/1.0\r\nWARC-Type: warcinfo", "an archive of web pages .*as JSON lines"),
+        (b'<mediawiki xmlns="x">', "a dump of MediaWiki, .*as JSON lines"),
         (b"\x1f\x9d\x90abc", "packed by compress, .* gzip -dc"),
         (rb"{\rtf1\ansi text}", "RTF, .* unrtf --text"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS"),
@@ -170,6 +174,14 @@ def test_a_name_that_is_no_utf8_is_told(here: Path, store: Store, caplog: pytest
     prepare(DataSpec(source="text:*.txt", vocab_size=257), store)
     (told,) = [record.getMessage() for record in caplog.records]
     assert told.startswith(r"caf\udce9.txt:1 (byte 0xE9): bytes that are no UTF-8")
+
+
+def test_json_lines_that_are_read_as_text_are_told(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Path("a.jsonl").write_bytes(b'{"text": "a"}')
+    Path("a.txt").write_text("b")
+    assert texts("text:a.*") == ['{"text": "a"}', "b"]
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "1 file(s) are JSON lines by name, such as 'a.jsonl', and each becomes one text" in told
 
 
 @pytest.mark.parametrize(

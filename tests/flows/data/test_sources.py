@@ -188,6 +188,22 @@ def test_parquet_that_has_no_rows_of_its_own(here: Path) -> None:
     assert texts("parquet:c/*.parquet") == TEXTS
 
 
+@pytest.mark.parametrize(
+    ("column", "says"),
+    [
+        (pyarrow.array([1, 1 << 30], pyarrow.date32()), "date32"),
+        (pyarrow.array([1, 1 << 60], pyarrow.timestamp("us")), "timestamp"),
+        (pyarrow.array([1, 2], pyarrow.timestamp("us", tz="Mars/Phobos")), "Mars/Phobos"),
+    ],
+    ids=["date", "time", "zone"],
+)
+def test_a_value_that_python_has_not_is_told_with_its_column(here: Path, column: Any, says: str) -> None:
+    table("c/a", text=["a", "b"], at=column)
+    assert texts("parquet:c/a") == ["a", "b"]
+    with pytest.raises(DatasetError, match=rf"c/a, rows 1 to 2: the column 'at' of type .*{says}"):
+        texts("parquet:c/a", filter={"predicate": "os.path:exists"})
+
+
 def test_large_rows_are_not_held_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table("c/a", 40, text=TEXTS, more=["x" * 99] * 30)
     monkeypatch.setattr(tables, "_BYTES", 500)
@@ -221,6 +237,9 @@ def test_hugging_face_datasets(here: Path, small: Callable[[int], None]) -> None
     ).save_to_disk("c/two")
     assert texts("hf:c/one", field="content") == TEXTS
     assert texts("hf:c/two?split=test", field="content") == ["x"]
+    for number, form in enumerate(({"type": "numpy", "columns": ["language"]}, {"type": "arrow"}, {"type": "pandas"})):
+        datasets.Dataset.from_dict(rows).with_format(**form).save_to_disk(f"c/form{number}")
+        assert texts(f"hf:c/form{number}", field="content") == TEXTS
     german = spec_of("hf:c/one", field="content", filter={"language": ["de"]})
     Path("c/a.jsonl").write_bytes(lines(TEXTS[1::3]))
     want = prepare(spec_of("jsonl:c/a.jsonl"), open_store("memory:"))
@@ -231,6 +250,7 @@ def test_hugging_face_datasets(here: Path, small: Callable[[int], None]) -> None
         "hf:c/two": "has several splits; it has train, test: name one",
         "hf:c/two?split=dev": "has no split 'dev'",
         "hf:c/none": "cannot be opened by datasets",
+        "hf:c/one?split=train[:9]": r"has no split 'train\[:9\]': it is one table, all of whose rows are read",
     }.items():
         with pytest.raises(DatasetError, match=words):
             texts(source, field="content")
@@ -238,6 +258,8 @@ def test_hugging_face_datasets(here: Path, small: Callable[[int], None]) -> None
         texts("hf:c/one")
     with pytest.raises(SpecError, match="unknown option 'splits'"):
         texts("hf:c/one?splits=x")
+    with pytest.raises(SpecError, match="what save_to_disk wrote has no revision; leave that out"):
+        texts("hf:c/one?revision=x")
 
 
 # --- code ---------------------------------------------------------------------------------------------------
