@@ -88,9 +88,9 @@ class Text:
             raise SpecError(
                 "the prompt is not text in UTF-8; write it in the terminal's encoding, or set LC_ALL=C.UTF-8"
             )
-        self.ids += ([] if self.ids else self._opening) + list(
-            self.tokenizer.encode(text, add_special_tokens=False).ids
-        )
+        said = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        begins = said[: len(self._opening)] == self._opening  # a prompt as it stands in the data may have it already
+        self.ids += said if self.ids or begins else self._opening + said
         self._tell_unseen(text)
         self._shown = len(self.ids)
         self._from = max(0, self._shown - _BEFORE)

@@ -337,6 +337,9 @@ def test_a_text_begins_as_the_template_of_the_weights_tokenizer_says(imported: I
         more = len(text.ids)
         text.say("The quick")
         assert len(text.ids) == 2 * more - 1, "at the beginning alone"
+        text.begin()
+        text.say("!The quick")
+        assert text.ids[0] == 1 != text.ids[1], "a prompt that has it already gets no second one"
     with Text(case.store, case.run) as text:
         text.say("The quick")
         assert len(text.ids) == more - 1
