@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from typing import Any
 
-from checkpoint.keys import spec_key
+from checkpoint.errors import Damaged
+from checkpoint.keys import INDEX, is_run, spec_key
+from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare
 from flows.drive.begin_from import begin
@@ -20,6 +24,7 @@ from flows.drive.run import (
     as_begun,
     check_layouts,
     create_run,
+    load_what,
     ready_store,
     run_name,
 )
@@ -28,10 +33,12 @@ from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
 from trainer.errors import PlanError, SpecError
 from trainer.plan import compile_plan
-from trainer.spec import DataSpec, RunSpec, what_digest
+from trainer.spec import DataSpec, RunSpec, what_digest, what_map
 
 log = logging.getLogger(__name__)
 
+_LOOKED_AT = 32
+"""Runs of a name whose specs are compared with that of a new one: a request each."""
 _GPUS = ("/dev/nvidiactl", "/dev/dxg")
 
 
@@ -46,6 +53,33 @@ def _check_room(prepared: Prepared) -> None:
             f"the plan needs {lack}; `hotstage plan` shows for what: take a smaller microbatch, --set "
             "parallel.recompute=layer, checkpoint.slots=2, a smaller model, or another machine"
         )
+
+
+def _tell_left(prepared: Prepared, store: Store, say: Callable[[str], None]) -> None:
+    """A word on runs that have not ended and differ in their data alone: who stopped one and comes back with the same
+    spec after a file of the corpus has changed begins anew."""
+    name, mine = prepared.spec.name, _but_for_data(what_map(prepared.spec, prepared.dataset))
+    for info in islice(store.list(f"{INDEX}{name}-"), _LOOKED_AT):
+        run = info.key.removeprefix(INDEX)
+        if run.rpartition("-")[0] != name or not is_run(run):
+            continue
+        try:
+            if _but_for_data(load_what(store, run)) != mine:
+                continue
+        except (SpecError, Damaged):  # it says so itself
+            continue
+        state = RunLog(store, run).fold(quick=True)
+        saved = state.at_step(None)
+        if state.ended is None and saved is not None:
+            say(
+                f"run {prepared.run} is a new one: {run} (saved at step {saved.step}) has not ended, its spec is the "
+                f"same and its data are others, so the corpus has changed; `hotstage runs resume {run}` goes on with it"
+            )
+
+
+def _but_for_data(what: Mapping[str, Any]) -> dict[str, Any]:
+    """A What without what the data make of it."""
+    return {**what, "model": {**what["model"], "vocab": 0}, "data": {**what["data"], "digest": ""}}
 
 
 @contextmanager
@@ -107,6 +141,8 @@ def prepare_run(
         check_layouts(prepared)
         if store.head(spec_key(run)) is None:
             _check_room(prepared)
+            if not suffix:
+                _tell_left(prepared, store, say)
         if resolved.model.init is None:
             create_run(prepared, store)
         told(f"{prepared.ranks} rank(s) on {prepared.nodes} node(s), plan {plan.digest[:12]}")

@@ -157,6 +157,12 @@ def generate(
     """Continue a text. Temperature 0 takes the likeliest token; the same seed gives the same text."""
     with Text(store, run, step, temperature=temperature, top_k=top_k, seed=seed) as text:
         text.say(prompt)
+        if text.forgotten:
+            log.warning(
+                "the prompt has %d tokens, and the model sees the newest %d of them alone: its run's train.sequence",
+                len(text.ids),
+                text.context,
+            )
         for _ in text.answer(tokens):
             pass
         return str(text.tokenizer.decode(text.ids, skip_special_tokens=True))

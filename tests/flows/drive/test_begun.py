@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import Damaged
 from checkpoint.keys import index_key, spec_key
+from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.drive.begin import prepare_run
 from flows.drive.run import INDEX_CAP, load_run, load_what, run_names
 from flows.recurring.chain import heir
+from tests.checkpoint.samples import point_body
+from tests.support.small_checkpoints import begin
 from trainer.errors import PlanError
 from trainer.spec import RunSpec, parse_spec
 
@@ -82,3 +87,29 @@ def test_a_damaged_what_is_no_other_run(ground: tuple[Store, RunSpec], held: byt
     store.create(spec_key(run), held)
     with pytest.raises(Damaged, match=f"spec of (run )?{run}"):
         prepare_run(named(ground, f"cut{len(held)}"), store)
+
+
+def test_who_comes_back_to_a_corpus_that_has_changed_is_told_of_the_run_that_was_left(
+    ground: tuple[Store, RunSpec], tmp_path: Path
+) -> None:
+    store, said = ground[0], list[str]()
+    (tmp_path / "b.txt").write_text("the quick brown fox jumps over the lazy cat. " * 200)
+
+    def on(source: str, **train: object) -> str:
+        tree = named(ground, "left").model_dump(mode="json")
+        more = {"data": {**tree["data"], "source": source}, "train": {**tree["train"], **train}}
+        said.clear()
+        return prepare_run(parse_spec({**tree, **more}), store, say=said.append).run
+
+    left = on(ground[1].data.source)
+    log = RunLog(store, left)
+    state = begin(log, log.fold())
+    assert on(f"text:{tmp_path}/b.txt", seed=3) != left
+    assert not [line for line in said if left in line], "it trains otherwise, and nothing is saved of that one"
+    state = log.append("checkpoint", point_body(7, state.epoch), state, epoch=state.epoch)
+    new = on(f"text:{tmp_path}/b.txt")
+    (told,) = [line for line in said if left in line]
+    assert told.startswith(f"run {new} is a new one: {left} (saved at step 7) has not ended")
+    assert f"hotstage runs resume {left}" in told
+    on(f"text:{tmp_path}/b.txt")
+    assert not [line for line in said if left in line], "only a run that is new needs it"

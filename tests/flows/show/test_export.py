@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,16 @@ def test_generate_stops_at_the_end_token(trained: Trained, store: Store, monkeyp
 def test_a_prompt_that_is_no_text(trained: Trained, store: Store) -> None:
     with pytest.raises(SpecError, match="not text in UTF-8"):
         generate(store, trained.run, "caf\udce9")
+
+
+def test_a_prompt_that_is_longer_than_a_sequence_is_told(
+    trained: Trained, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(store, trained.run, PROMPT, tokens=1)
+    assert not caplog.records
+    generate(store, trained.run, PROMPT * 99, tokens=1)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.match(r"the prompt has \d+ tokens, and the model sees the newest \d+ of them alone", told)
 
 
 def test_a_folder_that_cannot_be_written(trained: Trained, tmp_path: Path) -> None:
