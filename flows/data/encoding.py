@@ -6,7 +6,7 @@ What is kept, a part after about a piece's text:
     sample/<piece>          blocks of text to train on: sizes (bytes, u32 each), text
     tokens/<piece>.<part>   tokens of the dataset, masked where it has prompts; held/... of its validation part
     encode/<piece>.<part>   how many: tokens, held; texts (without the ends of documents), unknown,
-                            letters (that are unknown)
+                            letters (that are unknown), twice (texts that end with the end token already)
     encode/<piece>          the same of the piece, and parts
 """
 
@@ -32,6 +32,7 @@ SAMPLE_LETTERS = 64 << 20
 """Text that the tokenizer is trained on: all of it up to so much, of more a part that its content chooses."""
 _BATCH_BLOCKS, _BATCH_LETTERS = 4096, 1 << 20
 TRAIN, HELD = 1, 2
+COUNTS = ("texts", "unknown", "letters", "twice")
 
 
 def sample_piece(task: Task, share: float) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def encode_piece(task: Task) -> dict[str, Any]:
     if found is not None:
         return {**found, "cached": True}
     encoder = encoder_of(task.job)
-    total: dict[str, Any] = {"v": 1, "tokens": [], "held": [], "texts": 0, "unknown": 0, "letters": 0}
+    total: dict[str, Any] = {"v": 1, "tokens": [], "held": [], **dict.fromkeys(COUNTS, 0)}
     for number, batches in enumerate(_parts(_blocks(task, encoder), task.job.piece_letters)):
         row = work.find_map("encode", piece_name(task.piece.number, number))
         if row is None:
@@ -123,8 +124,8 @@ def encode_piece(task: Task) -> dict[str, Any]:
             pass
         for key in ("tokens", "held"):
             total[key].append(row[key])
-        for key in ("texts", "unknown", "letters"):
-            total[key] += row.get(key, 0)  # a version before has kept no "letters"
+        for key in COUNTS:
+            total[key] += row.get(key, 0)  # a version before has kept fewer
     work.put_map(total, "encode", name)
     return {**total, "cached": False}
 
@@ -133,7 +134,7 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
     work, name = task.job.work, piece_name(task.piece.number, number)
     out = {TRAIN: bytearray(), HELD: bytearray()}
     mask = mask_of(encoder.kind.itemsize)
-    row: dict[str, Any] = {"v": 1, "texts": 0, "unknown": 0, "letters": 0}
+    row: dict[str, Any] = {"v": 1, **dict.fromkeys(COUNTS, 0)}
     for batch in batches:
         blocks = [block for block in batch if block.verdict]
         flat: dict[int, list[int]] = {TRAIN: [], HELD: []}
@@ -145,6 +146,7 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
             row["letters"] += encoded.letters
             flat[block.verdict] += ids if block.counts else [token | mask for token in ids]
             if encoder.eot is not None and block.ends:
+                row["twice"] += ids[-1:] == [encoder.eot]
                 flat[block.verdict].append(encoder.eot)
         for verdict, ids in flat.items():
             out[verdict] += np.asarray(ids, encoder.kind).tobytes()

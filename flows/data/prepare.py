@@ -35,7 +35,7 @@ from checkpoint.errors import StoreRefused
 from checkpoint.store import Store, open_store
 from flows.data import duplicates, encoding
 from flows.data import pieces as pieces_of
-from flows.data.encoding import HELD, TRAIN, encode_piece, encoder_of, sample_piece, sampled
+from flows.data.encoding import COUNTS, HELD, TRAIN, encode_piece, encoder_of, sample_piece, sampled
 from flows.data.filters import REASONS, filter_of
 from flows.data.job import DataJob, Task, hold_store, release_store
 from flows.data.mixture import prepare_mixture
@@ -436,7 +436,14 @@ class _Preparation:
     def _known_enough(self, rows: Sequence[dict[str, Any]], letters: int) -> None:
         """Refuse a tokenizer that knows nothing of the text, and say where it knows little."""
         given = self.given
-        texts, count, lost = (sum(row.get(key, 0) for row in rows) for key in ("texts", "unknown", "letters"))
+        texts, count, lost, twice = (sum(row.get(key, 0) for row in rows) for key in COUNTS)
+        if twice:
+            log.warning(
+                "%d text(s) of %s end with the token that ends a document already, and another one is put behind each: "
+                "leave it out of the texts",
+                twice,
+                self.spec.source,
+            )
         if texts == 0:
             raise DatasetError(
                 f"{given.what if given else 'the tokenizer'} cannot encode this corpus: {letters:,} characters give no "

@@ -94,6 +94,16 @@ def test_another_end_is_another_dataset(here: Path, store: Store) -> None:
     assert len({dataset.digest for dataset in made}) == 3
 
 
+def test_texts_that_end_with_the_end_token_already_are_told(
+    here: Path, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As chats that a template has rendered do."""
+    (here / "1.txt").write_text(f"a b{EOT}a" + " a" * 40)
+    (here / "2.txt").write_text(f"a b{EOT}")
+    prepare(DataSpec(source="text:*.txt", vocab_size=260), store)
+    assert "1 text(s) of text:*.txt end with the token that ends a document already" in caplog.text
+
+
 def test_an_end_that_is_no_token(here: Path, store: Store) -> None:
     with pytest.raises(DatasetError, match=r"data.end_token '<end>' is no token of .*it has </s>: name"):
         given(words("a", "b", "[UNK]", "</s>"), store, end_token="<end>")
