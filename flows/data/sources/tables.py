@@ -7,17 +7,25 @@ optional. Null is no text: such a row is refused, with its number.
 from __future__ import annotations
 
 import functools
+import glob
 import io
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
 from flows.data.sources.base import A_TALK, TALKS, Borne, Document, Entry, no_prompt, optional_module, whole_pairs
 from flows.data.sources.files import GZIP, PACKED, Opened, look_at_files, opened_file, refuse_formats
+from flows.data.sources.objects import is_object
 from trainer.errors import DatasetError, SpecError
+from trainer.spec_fields import shown
 
+log = logging.getLogger(__name__)
+
+_TABLES = {"_delta_log": "Delta Lake", ".hoodie": "Hudi", "metadata/*.metadata.json": "Iceberg"}
+"""What lies in a table's folder, by which it is known."""
 _ROWS = 256  # that are in memory at a time, where they are not of more bytes than that:
 _BYTES = 16 << 20
 
@@ -30,7 +38,15 @@ class ParquetSource:
         optional_module("pyarrow.parquet", "pyarrow", "parquet:")
 
     def look(self) -> list[Entry]:
-        return look_at_files(self._source)
+        entries = look_at_files(self._source)
+        for folder, kind in sorted(_versioned(entry.name for entry in entries).items()):
+            log.warning(
+                "%s is a table of %s, and rows that were deleted or replaced since stay in its files: all are read; "
+                "write what it holds now as Parquet of its own",
+                shown(folder),
+                kind,
+            )
+        return entries
 
     def divides(self, entry: Entry) -> bool:
         return True
@@ -72,6 +88,21 @@ class ParquetSource:
         if self._more is None:
             return None
         return _columns_of(table.schema_arrow.names, self._field, self._prompt, self._more)
+
+
+def _versioned(names: Iterable[str]) -> dict[str, str]:
+    """The folders on the way to these files that are tables whose files hold former rows too, and of what kind."""
+    found: dict[str, str] = {}
+    seen = {"/"}
+    for name in names:
+        folder = "/" if is_object(name) else os.path.dirname(name) or "."
+        while folder not in seen:
+            seen.add(folder)
+            for mark, kind in _TABLES.items():
+                if glob.glob(os.path.join(glob.escape(folder), mark)):
+                    found[folder] = kind
+            folder = os.path.dirname(folder) or ("/" if folder == "." else ".")
+    return found
 
 
 def _listed(batch: Any, name: str, first: int) -> Sequence[Mapping[str, Any]]:

@@ -204,6 +204,21 @@ def test_a_value_that_python_has_not_is_told_with_its_column(here: Path, column:
         texts("parquet:c/a", filter={"predicate": "os.path:exists"})
 
 
+@pytest.mark.parametrize("mark", ["_delta_log/0.json", ".hoodie/x", "metadata/v1.metadata.json"])
+def test_a_table_whose_files_hold_former_rows_is_told(here: Path, caplog: pytest.LogCaptureFixture, mark: str) -> None:
+    Path("c/day=1").mkdir()
+    table("c/day=1/a.parquet", text=TEXTS)
+    source = open_source(spec_of("parquet:c/**/*.parquet"))
+    source.look()
+    assert not caplog.records
+    Path("c", mark).parent.mkdir()
+    Path("c", mark).write_text("{}")
+    source.look()
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("'c' is a table of ")
+    assert "rows that were deleted or replaced since" in told
+
+
 def test_large_rows_are_not_held_together(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table("c/a", 40, text=TEXTS, more=["x" * 99] * 30)
     monkeypatch.setattr(tables, "_BYTES", 500)
