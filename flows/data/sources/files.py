@@ -96,7 +96,7 @@ def entry_of(name: str) -> Entry:
 
 
 def _entry(name: str, status: os.stat_result) -> Entry:
-    mark = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    mark = f"{status.st_mtime_ns} {status.st_ctime_ns}"  # no inode: mounted buckets number a file anew at each look
     return Entry(name, status.st_size, mark, max(status.st_mtime, status.st_ctime))
 
 

@@ -189,6 +189,17 @@ def test_a_file_that_vanishes_or_grows_meanwhile(here: Path, monkeypatch: pytest
         texts("text:c/*.txt")
 
 
+def test_a_file_system_that_numbers_a_file_anew_at_each_look(here: Path) -> None:
+    """As mounted buckets and sshfs do: the file is the same one."""
+    Path("a").write_text("a")
+    status = os.stat("a")
+    times = {name: getattr(status, name) for name in ("st_mtime_ns", "st_ctime_ns", "st_mtime", "st_ctime")}
+    again = os.stat_result((status.st_mode, status.st_ino + 1, *status[2:]), times)
+    assert sources_of._entry("a", again) == sources_of._entry("a", status)
+    os.utime("a", ns=(1, 1))
+    assert sources_of._entry("a", os.stat("a")) != sources_of._entry("a", status)
+
+
 def test_damage_that_somebody_writes_meanwhile_is_told_as_a_change(here: Path) -> None:
     line = json.dumps({"text": WORDS}) + "\n"
     Path("a.jsonl").write_text(line * (5 * CHUNK // 2 // len(line)))
