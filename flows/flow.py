@@ -107,7 +107,7 @@ def train_flow(
 
     def begun(spec: RunSpec, board: Board) -> Prepared | NothingNew:
         if not fresh:
-            return prepare_run(spec, opened, say=say, board=board)
+            return prepare_run(spec, opened, out=Path(out), say=say, board=board)
         schedule, suffix = str(deployment.name or ""), scheduled_suffix()
         older = unfinished(opened, spec.name, schedule)
         if older is not None and overlap == "cancel" and not older.endswith(suffix):
@@ -119,7 +119,7 @@ def train_flow(
         if mode == "continue":
             made = next_in_chain(opened, spec, schedule, suffix=suffix, lr_schedule=lr_schedule, say=say, board=board)
         else:
-            made = prepare_run(spec, opened, suffix=suffix, schedule=schedule, say=say, board=board)
+            made = prepare_run(spec, opened, suffix=suffix, schedule=schedule, out=Path(out), say=say, board=board)
         return place_order(opened, made, order) if isinstance(made, Prepared) and ordered else made
 
     def work() -> Outcome | NothingNew:

@@ -106,6 +106,12 @@ def configured() -> Configured | None:
     from pydantic import ValidationError
 
     try:
+        Path.home()
+    except RuntimeError as error:  # Prefect would say it in a line of its own as well
+        raise PrefectSettingsError(
+            f"Prefect keeps its settings in the user's home folder, and the user {os.getuid()} has none: set HOME"
+        ) from error
+    try:
         from prefect.context import get_settings_context
         from prefect.settings import PREFECT_API_URL
 

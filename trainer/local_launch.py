@@ -30,6 +30,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,25 @@ class ProcessMark:
             return None
 
 
+def ready_folder(work_root: Path) -> None:
+    """Make the folder that launches work below. LaunchRefused where it cannot be written, or LaunchError: before hours
+    of other work. What an older launch works in stays as it is."""
+    folder = work_root.absolute() / "runs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".ready-", dir=folder))
+    except OSError as error:
+        raise _no_place("nothing can", folder, error) from error
+
+
+def _no_place(what: str, folder: Path, error: OSError) -> LaunchError:
+    kind = LaunchRefused if error.errno in _NO_PLACE else LaunchError
+    return kind(
+        f"{what} be started under {folder}: {error.strerror}; make it a folder that can be written, with room, or "
+        "choose another with --out"
+    )
+
+
 class LocalLauncher:
     """Nodes as processes of this machine. See the module's text for files and order.
 
@@ -208,11 +228,7 @@ class LocalLauncher:
             for node in range(launch.nodes):
                 self._ensure_node(launch, node, folder / f"node{node}", key, engine)
         except OSError as error:
-            kind = LaunchRefused if error.errno in _NO_PLACE else LaunchError
-            raise kind(
-                f"the launch {launch.launch_id} cannot be started under {folder}: {error.strerror}; make it a folder "
-                "that can be written, with room, or choose another with --out"
-            ) from error
+            raise _no_place(f"the launch {launch.launch_id} cannot", folder, error) from error
 
     def observe(self, launch_id: str) -> LaunchView:
         self._reap()

@@ -35,6 +35,7 @@ from trainer.spec_fields import MAX_INT32, RULES, shown
 from trainer.spec_hints import hint_of, not_utf8, toml_problem, value_meant, written_as
 from trainer.spec_how import KEEP_ALL, MAX_HOW_BYTES, RETIRED, SCHEDULES, other_name
 from trainer.spec_sections import (
+    GUARD,
     HOW_OF_WHAT,
     LATER_WHAT,
     MAX_MICROBATCHES,
@@ -50,6 +51,7 @@ from trainer.wire.packed import pack
 
 __all__ = [
     "CLUSTER_KEY",
+    "GUARD",
     "HOW_OF_WHAT",
     "MAX_HOW_BYTES",
     "MAX_INT32",
@@ -135,6 +137,8 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
     hint = "; 'hotstage init' writes a spec to start from" if what == "a spec" else ""
     try:
         data = _standard_input() if str(file) == STDIN else _first_bytes(file)
+        if str(file) == STDIN and not data.strip():
+            raise SpecError(f"standard input is empty, and '-' reads {what} from it: pipe one in, or name a file")
         if len(data) > MAX_SPEC_BYTES:
             raise SpecError(f"{file}: is larger than {MAX_SPEC_BYTES} bytes; {what} is a TOML file of a few keys")
         text = data.decode("utf-8-sig")
@@ -170,7 +174,7 @@ def _standard_input() -> bytes:
 def what_map(spec: RunSpec, dataset: DatasetRef) -> dict[str, Any]:
     """The What half as plain values: all that determines the bits, and nothing else."""
     resolved = spec.resolve(dataset)
-    train = resolved.train.model_dump(mode="json", exclude={"max_batch_tokens"})
+    train = resolved.train.model_dump(mode="json", exclude={GUARD[1]})
     if not train["schedule"]["start"]:
         del train["schedule"]["start"]  # a key that came when runs had names already
     if resolved.train.optimizer.momentum == MOMENTUM:

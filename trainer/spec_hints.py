@@ -84,6 +84,12 @@ _VALUES: Mapping[str, str] = {
     "float32 f32 single 32true": "fp32",
     "float8 f8 fp8e4m3 float8e4m3fn": "fp8",
     "float16 fp16 f16 half 16mixed 16true": "bf16",
+    "k8s kube": "kubernetes",
+    "interleaved": "interleaved1f1b",
+    "zbvzerobubble": "zbv",
+    "warmupstabledecay": "wsd",
+    "constantwithwarmup": "constant",
+    "cosinewithwarmup cosineannealing cosineannealinglr": "cosine",
 }
 _ALSO = {name: value for names, value in _VALUES.items() for name in names.split()}
 
@@ -93,6 +99,8 @@ def value_meant(value: object, known: Sequence[str]) -> str:
 
     >>> value_meant("BFloat16", ("fp32", "bf16")), value_meant("LlamaForCausalLM", ("gpt2", "llama"))
     (": write 'bf16'", ": write 'llama'")
+    >>> value_meant("k8s", ("local", "kubernetes")), value_meant("ZBVZeroBubble", ("1f1b", "zb-v"))
+    (": write 'kubernetes'", ": write 'zb-v'")
     """
     if not isinstance(value, str):
         return ""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, StrictInt, model_validator
 
 from trainer.spec_fields import DNS_LABEL, MAX_LAYERS, Quantities, Section, power_of_two, shown, size
+from trainer.spec_hints import value_meant
 from trainer.wire import CUDA_PATHS, VOCAB_BLOCKS
 
 KernelPath = Literal["auto", "ref", "portable", "avx2", "avx512", "cuda-exact", "cuda", "avx512_bf16", "neon"]
@@ -130,7 +131,10 @@ class ParallelSpec(Section):
     def _check(self) -> ParallelSpec:
         if self.schedule not in SCHEDULES and not re.match("file:.", self.schedule):
             names = ", ".join((*SCHEDULES, "file:PATH"))
-            raise ValueError(f"schedule {shown(self.schedule)} is unknown; take one of {names}")
+            raise ValueError(
+                f"schedule {shown(self.schedule)} is unknown; take one of {names}"
+                + value_meant(self.schedule, SCHEDULES)
+            )
         counts = self.recompute.layers
         if isinstance(counts, tuple) and len(counts) != self.stages:
             raise ValueError(

@@ -60,6 +60,9 @@ _INIT = r"(?s:hf:.+)|run:[a-z][-a-z0-9]*@\d{1,18}|(weights|state):[0-9a-f]{64}"
 HOW_OF_WHAT = (("data", "cache_gib"),)
 """Keys of What sections that are no part of it: an attempt's record has them, and each attempt may have others."""
 
+GUARD = ("train", "max_batch_tokens")
+"""A key that refuses sizes and does nothing else: of neither half."""
+
 Precision = Literal["fp32", "bf16", "fp8"]
 
 
@@ -183,7 +186,9 @@ class ScheduleSpec(Section):
 
     kind: Literal["constant", "cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, linear decay")
     warmup: int = size(0, low=0, text="steps of the linear warm-up")
-    decay: int = size(0, low=0, text="steps of the final decay (wsd) or of the whole curve (cosine); 0: from steps")
+    decay: int = size(
+        0, low=0, text="steps of the final decay (wsd; 0: a fifth) or of the whole curve (cosine; 0: all)"
+    )
     start: int = size(
         0,
         low=0,

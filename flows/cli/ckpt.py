@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
 from flows.cli.collect import collect_garbage, pin_checkpoint, unpin_checkpoint
-from flows.cli.main import Number, json_option, say, set_option, show, step_option, store_option, with_store
+from flows.cli.main import Number, json_option, of_spec, say, set_option, show, step_option, store_option
 
 SHARD_GB = 5.0  # as transformers cuts
 
@@ -281,8 +280,8 @@ def import_weights(folder: str, spec: str, sets: tuple[str, ...], store: str | N
     if as_json:
         show({"run": made.run, "parent": made.parent, "weights_digest": made.digest})
         return 0
-    options = "".join(f" --set {shlex.quote(text)}" for text in sets) + with_store(store)
-    say(f"{made.run} begins from these weights (step 0 of {made.parent}): hotstage train {spec}{options}")
+    train = f"hotstage train {of_spec(spec, sets, store)}"
+    say(f"{made.run} begins from these weights (step 0 of {made.parent}): {train}")
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from flows.cli.doctor import tell_checks
-from flows.cli.main import Number, SpecFile, json_option, say, set_option, show, store_option, with_store
+from flows.cli.main import Number, SpecFile, json_option, of_spec, say, set_option, show, store_option, with_store
 
 _namespace = click.option("--namespace", "-n", help="Default: launch.namespace of the spec or the run.")
 
@@ -87,7 +87,7 @@ def apply(spec: str, sets: tuple[str, ...], store: str | None, dry_run: bool) ->
     driver = make_driver(prepare_run(loaded, opened, say=say), opened)
     name = launch_of(RunLog(opened, driver.prepared.run).fold(), driver.prepared, driver.launcher)
     driver.launcher.ensure(driver.make_launch(driver.prepared, name, ()))
-    say(f"launch {name} is created; start training with: hotstage train {spec}{with_store(store)}")
+    say(f"launch {name} is created; start training with: hotstage train {of_spec(spec, sets, store)}")
     return 0
 
 

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ Exit codes of train, sweep (of its first run that failed), runs resume and demo:
   86  stalled
   87  loss or gradient norm became not finite
   88  a machine computes or remembers wrongly, or its GPU failed, and no other machine is left
- 129  the terminal was closed; a run that works goes on by itself
+ 129  the terminal was closed; a run that works goes on by itself (131: so with Ctrl-\\)
  130  left at once by a second Ctrl-C (143: SIGTERM); what runs goes on by itself
 """
 
@@ -193,6 +194,11 @@ def with_store(store: str | None, out: str = OUT) -> str:
     return (f" --store {shlex.quote(store)}" if store else "") + folder
 
 
+def of_spec(spec: str, sets: Sequence[str], store: str | None) -> str:
+    """What names the same run behind a command that is printed for a person: its spec, and what that was given."""
+    return shlex.quote(spec) + "".join(f" --set {shlex.quote(text)}" for text in sets) + with_store(store)
+
+
 out_option = click.option(
     "--out", default=OUT, show_default=True, help="Folder for what a run writes outside the store."
 )
@@ -234,9 +240,17 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def keep_own_rights() -> None:
+    """A umask that takes rights from its own user is meant for others: with 777 this process could read nothing of what
+    it writes. What is asked of the group and of others holds.
+    """
+    os.umask(os.umask(0o077) & 0o077)
+
+
 def main() -> None:
     """Entry point: the command with its exit code, whatever it writes to."""
     terminal.prepare_streams()
+    keep_own_rights()
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_ENABLED", "false")  # hotstage says which server, or starts its own

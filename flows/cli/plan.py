@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from flows.cli.main import SpecFile, json_option, say, set_option, show, store_option, write_out
+from flows.cli.main import SpecFile, json_option, of_spec, say, set_option, show, store_option, write_out
 
 if TYPE_CHECKING:
     from trainer.planner.cluster import ClusterSpec
@@ -72,7 +72,8 @@ def plan(
     from trainer.spec import load_spec
 
     own = [text for text in sets if text.startswith(CLUSTER_SET)]
-    loaded = load_spec(spec, [text for text in sets if text not in own])
+    rest = [text for text in sets if text not in own]
+    loaded = load_spec(spec, rest)
     sheet = None if device is not None else cluster_of(spec, cluster, own)
     files = {"trace": trace, "svg": svg, "schedule_csv": schedule_csv}
     if device is not None and (cluster is not None or own):
@@ -85,11 +86,11 @@ def plan(
     if run is not None:
         raise click.UsageError("--run is laid beside the spec's own layout, --cluster searches one; give one of them")
     choices = Choices(keep_numerics=keep_bits, fp8=not no_fp8, max_batch_tokens=loaded.train.max_batch_tokens)
-    return _searched(loaded, spec, sheet, choices, as_json, top, plan_out, files)
+    return _searched(loaded, of_spec(spec, rest, store), sheet, choices, as_json, top, plan_out, files)
 
 
 def _searched(
-    spec: RunSpec, path: str, cluster: ClusterSpec, choices: Choices, as_json: bool, top: int,
+    spec: RunSpec, named: str, cluster: ClusterSpec, choices: Choices, as_json: bool, top: int,
     plan_out: str | None, files: dict[str, str | None],
 ) -> int:  # fmt: skip
     from trainer.errors import PlanError
@@ -107,7 +108,7 @@ def _searched(
     if best is None:
         raise PlanError(describe.nothing_fits(found, cluster))
     if not as_json:
-        say(describe.text(found, spec, cluster, top, path))
+        say(describe.text(found, spec, cluster, top, named))
     written = dict(files)
     if plan_out:
         write_out(Path(plan_out), describe.plan_file(best, spec).decode())

@@ -161,17 +161,20 @@ def list_runs(owner: str | None, since: float | None, state: str | None, store: 
 def show_run(run: str, store: str | None, as_json: bool) -> int:
     """One run's orders, attempts, checkpoints and end.
 
-    Of each order who gave it, of each attempt why it began.
+    Of each order who gave it, of each attempt why it began. Exits 76 where a record of its log cannot be read: what is
+    shown ends before that.
     """
+    from checkpoint.errors import Damaged
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.show.facts import details
 
     opened = store_at(store)
     told = details(opened, find_run(opened, run))
+    code = Damaged.exit_code if told["unreadable"] else 0
     if as_json:
         show(told)
-        return 0
+        return code
     say(f"{told['run']}: {told['state']}, step {told['saved_step']} of {told['steps']} saved")
     if told["reason"]:
         say(f"  {told['reason']}")
@@ -213,7 +216,7 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         )
     if gone := sum(checkpoint["given_up"] for checkpoint in told["checkpoints"]):
         say(f"  and {gone} checkpoint(s) that its rules gave up")
-    return 0
+    return code
 
 
 runs.add_command(watch)

@@ -1,13 +1,13 @@
-"""Ctrl-C, SIGTERM and a terminal that closes (SIGHUP), of a command that works for long: nothing is lost at any moment,
-and it says what goes on.
+"""Ctrl-C, SIGTERM, Ctrl-\\ (SIGQUIT) and a terminal that closes (SIGHUP), of a command that works for long: nothing is
+lost at any moment, and it says what goes on.
 
 While something is prepared, nothing of a run works yet: the command leaves at once, and the same command goes on from
 what is in the store. While a local run is driven, the first signal has the gang save one agreed step and leave. At a
 terminal a second Ctrl-C within ``SECOND_S`` comes before that: the command leaves and the run goes on by itself. Later
 a second signal leaves at once too; the gang saves and ends by itself then. A gang on a cluster trains on, whatever the
-command does: the first signal detaches from it, a second one leaves at once. Where the terminal closes nobody asked for
-the run's end: the command leaves at once, tells Prefect's page, and a run that works goes on by itself. A SIGHUP that
-is ignored (``nohup``) stays so.
+command does: the first signal detaches from it, a second one leaves at once. Where the terminal closes, and with
+Ctrl-\\, nobody asked for the run's end: the command leaves at once, tells Prefect's page, and a run that works goes on
+by itself. Where one of these two is ignored (``nohup``; a script's background) it stays so.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SECOND_S = 1.0
 _LOOK_S = 0.1
 _STOPPING = "stopping: the gang saves one agreed step and leaves"
 _DETACHING = "detaching: the gang trains on {where}"
+_ENDS_COMMAND = {signal.SIGHUP: "the terminal closed", signal.SIGQUIT: "left by Ctrl-\\ (SIGQUIT)"}
+"""Signals that end a command and not its run, and how that is told."""
 _PREPARING = "stopped while preparing: nothing runs, nothing is lost; the same command goes on"
 
 
@@ -105,11 +107,12 @@ class Signals:
         return result[0]
 
     def _leave_where_it_ends(self) -> None:
-        """A closed terminal ends the command, and so does any signal while something is prepared."""
+        """What ends the command alone does so, and so does any signal while something is prepared."""
         with self._lock:
             driving = self._driving
-        if signal.SIGHUP in self._asked:
-            leave(terminal.HUNG_UP, f"the terminal closed: {self._goes_on() if driving else _PREPARING}", self.say)
+        for number, why in _ENDS_COMMAND.items():
+            if number in self._asked:
+                leave(128 + number, f"{why}: {self._goes_on() if driving else _PREPARING}", self.say)
         if not driving and self._asked:
             leave(EXIT_STOPPED, _PREPARING, self.say)
 
@@ -126,9 +129,9 @@ class Signals:
 
 
 def heard() -> tuple[int, ...]:
-    """What ends a command that works for long; not SIGHUP where whoever started it has that ignored."""
-    hang_up = () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
-    return (signal.SIGINT, signal.SIGTERM, *hang_up)
+    """What ends a command that works for long; of ``_ENDS_COMMAND`` not what its starter has ignored."""
+    taken = (number for number in _ENDS_COMMAND if signal.getsignal(number) is not signal.SIG_IGN)
+    return (signal.SIGINT, signal.SIGTERM, *taken)
 
 
 def stopped_by_signals(stop: threading.Event, *, twice: bool = False) -> None:

@@ -43,7 +43,7 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
     run_spec = load_spec(spec, sets)
 
     def make(board: Board, tell: Callable[[str], None]) -> Prepared:
-        return place_order(opened, prepare_run(run_spec, opened, say=tell, board=board), Asked("train"))
+        return place_order(opened, prepare_run(run_spec, opened, out=Path(out), say=tell, board=board), Asked("train"))
 
     return host(make, store, Path(out), as_json, not no_prefect, name=run_spec.name)
 

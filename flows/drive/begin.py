@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from checkpoint.errors import Damaged
@@ -32,6 +33,7 @@ from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_toke
 from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
 from trainer.errors import PlanError, SpecError
+from trainer.local_launch import ready_folder
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, RunSpec, what_digest, what_map
 
@@ -96,6 +98,7 @@ def prepare_run(
     *,
     suffix: str = "",
     schedule: str = "",
+    out: Path | None = None,
     say: Callable[[str], None] = log.info,
     board: Board | None = None,
 ) -> Prepared:
@@ -103,7 +106,8 @@ def prepare_run(
 
     Where ``model.init`` says so the run begins from weights that lie elsewhere: they are looked through before anything
     is written, and stored before the run can be driven. ``suffix`` joins the run's name (a schedule gives its time),
-    ``schedule`` names the one that it is a firing of. Idempotent: the same spec finds the same run.
+    ``schedule`` names the one that it is a firing of. ``out``: where it will be driven; whether local nodes can work
+    there is seen before all else. Idempotent: the same spec finds the same run.
     """
     from k8s.render import check_fabric
 
@@ -115,6 +119,14 @@ def prepare_run(
             f"train.schedule.start {spec.train.schedule.start}: this run begins at step 0, with its learning-rate "
             "schedule; leave it out (a fork of another run's checkpoint may have one that begins later)"
         )
+    if spec.train.schedule.kind == "constant" and (decay := spec.train.schedule.decay):
+        log.warning(
+            'train.schedule.decay %d is not looked at: a schedule of kind "constant" never falls; take kind = "wsd", '
+            "or leave it out",
+            decay,
+        )
+    if out is not None and spec.launch.target == "local":
+        ready_folder(out)
     ready_store(store)
     asked, weights = spec, None
     if spec.model.init is not None:

@@ -34,6 +34,7 @@ from trainer.plan import Plan, compile_plan
 from trainer.plan.memory import host_kinds
 from trainer.plan.records import PositionPlan
 from trainer.spec import (
+    GUARD,
     HOW_OF_WHAT,
     RunSpec,
     how_map,
@@ -325,7 +326,7 @@ def load_spec_of(
     what = load_what(store, run)
     for text in sets:
         key = set_key(text)
-        if key[0] not in WHAT_KEYS or key in HOW_OF_WHAT:
+        if key[0] not in WHAT_KEYS or key in (*HOW_OF_WHAT, GUARD):
             continue
         orders = {"steps": "to end it at another step, --steps N", "lr": "to lower its rate, --lr-scale FACTOR"}
         order = orders.get(key[-1])

@@ -223,7 +223,7 @@ def train(
     """
     the_store = _opened(store)
     run_spec = _spec_of(spec, _several(sets))
-    prepared = place_order(the_store, prepare_run(run_spec, the_store, say=say), Asked("flows.train"))
+    prepared = place_order(the_store, prepare_run(run_spec, the_store, out=Path(out), say=say), Asked("flows.train"))
     return _started(prepared, the_store, sink, out)
 
 

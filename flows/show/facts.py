@@ -69,9 +69,9 @@ def summaries(store: Store, runs: Sequence[str]) -> list[dict[str, Any]]:
         return list(pool.map(partial(summary, store), runs))
 
 
-def summary(store: Store, run: str) -> dict[str, Any]:
-    """One run in a row of `runs ls`, in a handful of requests."""
-    state = RunLog(store, run).fold(quick=True)
+def summary(store: Store, run: str, state: RunState | None = None) -> dict[str, Any]:
+    """One run in a row of `runs ls`, in a handful of requests. ``state``: its folded log, where it was read."""
+    state = RunLog(store, run).fold(quick=True) if state is None else state
     newest, how = state.restore_candidates()[:1], ruling_how(state) or {}
     limits, launch, curve = how.get("limits") or {}, how.get("launch") or {}, load_curve(store, run)
     hours = worked(state.attempts, curve or Curve(), dict(ordered_back(state)))
@@ -114,7 +114,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
     for pin, n in sorted(state.pins.items()):
         pins.setdefault(n, []).append(pin)
     return {
-        **summary(store, run),
+        **summary(store, run, state),
         "reason": state.ended.reason if state.ended and not opened_again(state) else "",
         "unreadable": state.unreadable,
         "dataset": what["data"]["digest"],

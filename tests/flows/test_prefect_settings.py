@@ -187,6 +187,14 @@ def test_a_file_of_authorities_that_is_none(tmp_path: Path) -> None:
             Client.connect("https://prefect.example/api")
 
 
+def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Prefect is imported, which prints a line of its own about its plugins."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(PrefectSettingsError, match=r"Prefect keeps its settings in .* has none: set HOME"):
+        configured()
+
+
 def test_a_server_without_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert PrefectServer(tmp_path / "not" / "yet").no_home() == ""
     monkeypatch.setenv("PREFECT_HOME", "/proc/none")

@@ -12,12 +12,13 @@ from click.testing import CliRunner
 
 from flows.cli import terminal
 from flows.cli.main import exit_code_of
+from flows.cli.signals import heard
 
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
     """A command that trains has its process ignore Ctrl-C once it is through."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.getsignal(number) for number in heard()}
     try:
         yield
     finally:

@@ -249,7 +249,7 @@ def test_a_spec_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> No
         if data:
             assert load_spec("-", ["train.steps=700"]) == load_spec("-", ["train.steps=700"])
         else:
-            with pytest.raises(SpecError, match="standard input: name is missing"):
+            with pytest.raises(SpecError, match="standard input is empty, and '-' reads a spec from it"):
                 load_spec("-")
     _standard_input.cache_clear()
 

@@ -7,7 +7,6 @@ grows with the positions alone, whatever the cluster.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
@@ -130,8 +129,8 @@ def gigabytes(value: float) -> str:
     return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
 
 
-def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, path: str = "SPEC") -> str:
-    """The whole answer."""
+def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, named: str = "SPEC") -> str:
+    """The whole answer. ``named``: the spec and what it was given, as a shell takes them."""
     sheet = cluster.sheet
     costs = next(iter(found.costs.values()))
     lines = [
@@ -166,7 +165,7 @@ def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, path: str
     lines += ["", "Why the others lost:", *_own_layout(found, sheet.memory_bytes), *_lost(found)]
     lines += ["", *wrap(_assumed(cluster, spec), WIDTH)]
     if found.runnable:
-        lines += ["", f"To run it: hotstage train {shlex.quote(path)} {command(found.runnable[0])}"]
+        lines += ["", f"To run it: hotstage train {named} {command(found.runnable[0])}"]
         a, train = found.runnable[0].layout, spec.train
         if (a.sequences, a.microbatch, a.groups) != (train.batch, train.microbatch, train.groups):
             lines.append("  (a run of its own: train.* above differs from the spec's, and so do the bits; --keep-bits)")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.errors import Damaged
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
 from flows.cli.main import exit_code_of
@@ -46,7 +47,7 @@ def copy(tmp_path: Path, trained: Trained, capsys: pytest.CaptureFixture[str]) -
     return Copy(tmp_path / "store", trained, capsys)
 
 
-def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path) -> None:
+def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One row of the list; and what lies beside the names of runs is none."""
     store, run = tmp_path / "store", copy.run
 
@@ -67,6 +68,12 @@ def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path) -> None:
     unreadable = {unread: ("unreadable", STEPS)}
     assert rows() == {**before, "no-spec-aaaaaa": ("succeeded", 0), **unreadable}
     assert rows("--state", "unreadable") == unreadable
+    caplog.clear()
+    for words in ((), ("--json",)):
+        code, said, _ = outcome(["runs", "show", unread, "--store", copy.url, *words])
+        assert code == Damaged.exit_code
+        assert "unreadable" in said
+    assert caplog.text.count("nobody may write") == 2
     head, *lines = outcome(["runs", "ls", "--store", copy.url])[1].splitlines()  # columns, however long a name is
     states = {name: state for name, (state, _) in rows().items()}
     assert {line.index(f" {states[line.split()[0]]} ") + 1 for line in lines} == {head.index("state")}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from flows.cli import terminal
-from flows.cli.main import cli, exit_code_of
+from flows.cli.main import cli, exit_code_of, keep_own_rights
 from flows.cli.shadow import shadow
 from flows.cli.signals import Signals
 from tests.support.calls import signals_kept
@@ -173,6 +173,40 @@ def test_a_file_that_hides_a_module_of_python_is_named(tmp_path: Path, name: str
 
 def test_modules_where_python_keeps_them_hide_nothing() -> None:
     assert shadow(ValueError("a bug")) is None
+
+
+QUITS = """
+import os, signal, threading
+from flows.cli.signals import Signals
+signals = Signals()
+
+def work():
+    if {driving}:
+        signals.driving(detaches=False)
+    os.kill(os.getpid(), signal.SIGQUIT)
+    threading.Event().wait()
+
+signals.run(work)
+"""
+
+
+@pytest.mark.parametrize(("driving", "told"), [(True, "the run goes on by itself"), (False, "nothing is lost")])
+def test_ctrl_backslash_leaves_and_says_what_goes_on(driving: bool, told: str) -> None:
+    """It ended the command without a word, as SIGKILL does."""
+    command = [sys.executable, "-c", QUITS.format(driving=driving)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 128 + signal.SIGQUIT, done.stderr
+    assert done.stderr.startswith("left by Ctrl-\\ (SIGQUIT): ")
+    assert told in done.stderr
+
+
+def test_a_umask_keeps_from_others_and_not_from_oneself() -> None:
+    before = os.umask(0o727)
+    try:
+        keep_own_rights()
+        assert os.umask(0) == 0o027
+    finally:
+        os.umask(before)
 
 
 def test_a_full_disk_ends_nothing_that_is_driven(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,11 @@ from checkpoint.keys import index_key, spec_key
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.drive.begin import prepare_run
-from flows.drive.run import INDEX_CAP, load_run, load_what, run_names
+from flows.drive.run import INDEX_CAP, ask_run, load_run, load_what, run_names
 from flows.recurring.chain import heir
 from tests.checkpoint.samples import point_body
 from tests.support.small_checkpoints import begin
-from trainer.errors import PlanError
+from trainer.errors import DatasetError, LaunchRefused, PlanError, SpecError
 from trainer.spec import RunSpec, parse_spec
 
 
@@ -63,6 +63,30 @@ def test_a_chain_goes_on_as_it_began(ground: tuple[Store, RunSpec]) -> None:
     what = {"model": {"vocab": 300}, "data": {"packing": "across"}}
     assert heir(named(ground, "chain"), what).data.packing == "across"
     assert heir(named(ground, "chain", "within"), what).data.packing == "within"
+
+
+def test_what_nothing_looks_at_and_a_folder_that_cannot_be_written_are_told_before_the_data(
+    ground: tuple[Store, RunSpec], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, tree = ground[0], named(ground, "constant").model_dump(mode="json")
+    tree["train"]["schedule"] |= {"kind": "constant", "decay": 2}
+    tree["data"]["source"] = "text:none"
+    (tmp_path / "out").write_text("")
+    with pytest.raises(LaunchRefused, match=r"nothing can be started under .*out/runs: .*choose another with --out"):
+        prepare_run(parse_spec(tree), store, out=tmp_path / "out")
+    assert 'train.schedule.decay 2 is not looked at: a schedule of kind "constant"' in caplog.text
+    tree["launch"]["target"] = "kubernetes"
+    with pytest.raises(DatasetError):
+        prepare_run(parse_spec(tree), store, out=tmp_path / "out")
+
+
+def test_a_limit_of_tokens_is_no_part_of_what_is_trained(ground: tuple[Store, RunSpec]) -> None:
+    """A resume with it was told that it changes what is trained."""
+    store = ground[0]
+    run = prepare_run(named(ground, "limited"), store).run
+    assert ask_run(store, run, ["train.max_batch_tokens=4096"]).run == run
+    with pytest.raises(SpecError, match="tokens a step; max_batch_tokens is 1"):
+        ask_run(store, run, ["max_batch_tokens=1"])
 
 
 def test_a_new_run_that_this_machine_has_no_memory_for_is_refused_before_it_is_there(

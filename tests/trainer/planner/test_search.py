@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from flows.cli.main import of_spec
 from flows.show import foretell
 from tests.support.calls import called
 from tests.support.place import ROOT
@@ -83,7 +84,9 @@ def test_fp8_is_modelled_only_where_it_is_quicker() -> None:
 
 def test_the_command_that_runs_it_can_be_pasted(rack: Advice) -> None:
     spec, cluster = spec_of("gpt2-124m", "train.batch=128"), parse_cluster(RACK, "x")
-    assert "hotstage train 'my specs/a.toml' --set " in describe.text(rack, spec, cluster, 1, "my specs/a.toml")
+    named = of_spec("my specs/a.toml", ["train.batch=128", "name=a b"], None)
+    assert named == "'my specs/a.toml' --set train.batch=128 --set 'name=a b'"
+    assert f"hotstage train {named} --set " in describe.text(rack, spec, cluster, 1, named)
 
 
 def test_the_numerics_of_a_run_are_kept(rack: Advice) -> None:
