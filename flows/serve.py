@@ -30,6 +30,7 @@ from flows.page.left_open import GOES_ON, GRACE_S, LeftOpen, close_gone, own_mar
 from flows.prefect_api import Client, Gone, Lost, Refused
 from flows.recurring.deployments import Deployments, Registered, whose
 from flows.recurring.due import DueFiring, FiringPolicy, judge_firings
+from flows.recurring.state import pool_words
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -167,19 +168,24 @@ class Server:
         self._register(client, served, self.make())
 
     def hand_over(self, pool: str) -> None:
-        """Register the deployment for the workers of a pool, and serve nothing. Refused, or Gone."""
+        """Register the deployment for the workers of a pool, with the job variables of the deployment of its flow that
+        prefect.yaml put there; serve nothing. Refused, or Gone.
+        """
         with Client.open(None, patience_s=BUSY_S) as client:
-            made = self.make()
-            made.work_pool_name = pool
-            try:
-                client.send("GET", f"/work_pools/{pool}")
-            except Lost:
+            made, served = self.make(), Deployments(client)
+            made.work_pool_name, found = pool, served.pool(pool)
+            if found is None:
                 raise Refused(
                     f"it has no work pool {pool}: make it with `prefect work-pool create {pool} --type process`"
-                ) from None
-            self._register(client, Deployments(client), made)
+                )
+            beside = served.named(str(made.flow_name), str(made.flow_name))  # by prefect.yaml, with image and account
+            if beside is not None and (beside["work_pool_name"], beside["entrypoint"]) == (pool, self.entrypoint):
+                made.job_variables = dict(beside["job_variables"] or {})
+            self._register(client, served, made)
             assert self._known is not None
             self.registered(client, self._known.deployment)
+            for word in pool_words(found, made.job_variables):
+                self.say(f"  {word}")
 
     def _register(self, client: Client, served: Deployments, made: RunnerDeployment) -> None:
         """Refused where its name is another's."""

@@ -101,6 +101,9 @@ def launch_view(
     losses = [f for p, f in found if not _told_to_go(p, f)]
     if not losses or all(f.cls == Failure.INFRA for f in losses):
         losses += job_loss(job, events)
+    ended = bool(found) or any(p is not None and p.deleting for p in chosen.values())
+    if job.suspended and ended and all(f.cls in (Failure.PREEMPTED, Failure.INFRA) for f in losses):
+        losses = [_suspended(job)]
     if not losses:  # how a pod ends that was told to go explains nothing where another made the Job end them all
         losses = [f for _, f in found]
     if not losses:
@@ -179,7 +182,26 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
     if engine.state == "terminated":
         return replace(found(*_exit_words(engine)), code=engine.exit_code)
     if pod.phase == "Failed":
+        other = _other_end(pod)
+        if other is not None:  # on whatever machine: what the container is for, and not where it ran
+            return replace(found(Failure.INFRA, *other), place="")
         return found(Failure.INFRA, f"failed: {pod.message or pod.reason or 'no reason given'}")
+    return None
+
+
+def _other_end(pod: PodView) -> tuple[str, str] | None:
+    """How a container that is none of hotstage's failed and took the pod with it before the engine began, with the
+    mend; None where there is none. A mesh, a vault, a policy or ``launch.pod_patch`` put it there.
+    """
+    for name, container in pod.containers.items():
+        if name not in (ENGINE, AGENT) and container.state == "terminated" and container.exit_code:
+            said = _last_line(container.message) or container.reason or "without a word"
+            return (
+                f"failed with its container {name}, which ended with {container.exit_code}: {said}",
+                f"`kubectl logs POD -c {name}` of a pod that is still there has its words; it comes from "
+                "launch.pod_patch or from a webhook of the cluster, which a label or an annotation may tell to stay "
+                "away (launch.labels, launch.annotations)",
+            )
     return None
 
 
@@ -354,10 +376,28 @@ def job_loss(job: JobView, events: Sequence[EventView] = ()) -> list[Finding]:
     return found
 
 
+def _suspended(job: JobView) -> Finding:
+    """What suspends a Job ends its pods."""
+    text = f"Job {job.name} was suspended, which ends its pods"
+    if job.queue:
+        return Finding(Failure.PREEMPTED, f"{text}: Kueue took its place (queue {job.queue})")
+    return Finding(Failure.PREEMPTED, text, _held_back(job))
+
+
+def _held_back(job: JobView) -> str:
+    """What to do about a Job that hotstage did not suspend."""
+    return (
+        "Kueue holds it back, which may manage Jobs without a queue too: set launch.queue to a LocalQueue of the "
+        f'namespace; or a person did: kubectl patch job {job.name} -p \'{{"spec": {{"suspend": false}}}}\''
+    )
+
+
 def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventView] = ()) -> str:
     """What a launch that is not whole waits for, with the mend; never empty."""
     if job.suspended:
-        return f"suspended, Kueue has not admitted it (queue {job.queue})" if job.queue else "suspended"
+        if job.queue:
+            return f"suspended, Kueue has not admitted it (queue {job.queue})"
+        return f"suspended; where it stays so, {_held_back(job)}"
     for pod in pods:
         scheduled = pod.conditions.get("PodScheduled")
         if scheduled is not None and scheduled.status == "False" and scheduled.reason != "SchedulingGated":

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from k8s.labels import QUEUE
 from trainer.errors import LaunchRefused
 from trainer.spec import RunSpec
 from trainer.spec_fields import shown
@@ -16,6 +17,9 @@ _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?\Z")
 _VALUE_RULE = "at most 63 letters, digits and inner - _ ."
 _OBJECTS = ("service_account", "store_secret", "queue", "runtime_class", "priority_class")
 """Keys of ``launch`` that name an object of the cluster."""
+_OWN = ("hotstage.dev/", "batch.kubernetes.io/")
+_OWN_NAMES = ("app.kubernetes.io/name", "app.kubernetes.io/managed-by", "controller-uid", "job-name", QUEUE)
+"""Labels and annotations by which a launch is found again, and its Job's own."""
 _OPERATORS = ("Exists", "Equal", "Lt", "Gt")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 _TOLERATION = ("key", "operator", "value", "effect", "tolerationSeconds")
@@ -43,8 +47,28 @@ def check_names(spec: RunSpec) -> None:
             raise LaunchRefused(
                 f"launch.node_selector.{name} = {shown(value)} is no label's value: {_VALUE_RULE}; correct it"
             )
+    for key in ("labels", "annotations"):
+        for name, value in getattr(launch, key).items():
+            _check_mark(key, name, value)
     for number, toleration in enumerate(launch.tolerations):
         _check_toleration(f"launch.tolerations[{number}]", toleration)
+
+
+def _check_mark(key: str, name: str, value: str) -> None:
+    """LaunchRefused where a label or an annotation of the user's is none, or hotstage's or Kubernetes' own."""
+    what = "label" if key == "labels" else "annotation"
+    # the API server looks at an annotation's key in lower case
+    if _LABEL_KEY.match(name if key == "labels" else name.lower()) is None:
+        raise LaunchRefused(f"launch.{key}: {shown(name)} is no {what}'s name; write as example.com/team")
+    if name == QUEUE:
+        raise LaunchRefused(f"launch.{key}: {name} is launch.queue here; write it there")
+    if name.startswith(_OWN) or name in _OWN_NAMES:
+        raise LaunchRefused(f"launch.{key}: {name} is set by hotstage or Kubernetes itself; take it out")
+    if key == "labels" and _LABEL_VALUE.match(value) is None:
+        raise LaunchRefused(
+            f"launch.labels.{name} = {shown(value)} is no label's value: {_VALUE_RULE}; correct it, or make it an "
+            "annotation (launch.annotations), which may be any text"
+        )
 
 
 def check_image(key: str, image: Any) -> None:

@@ -36,6 +36,12 @@ _NATIVE = ("cpu", "memory", "ephemeral-storage")
 _MOST = {"cpu": (10_000, "the 10000 CPUs that no machine has"), "memory": (1 << 50, "1Pi, which no machine has")}
 """A pod that asks for more waits for ever."""
 _KEPT = ("containers", "initContainers")
+_BELOW_SPEC = "the patch is of what stands below spec: leave that level out"
+_ELSEWHERE = {
+    "spec": _BELOW_SPEC,
+    "template": _BELOW_SPEC,
+    "metadata": "labels and annotations of the pods are launch.labels and launch.annotations",
+}
 POD_FIELDS = frozenset({
     "activeDeadlineSeconds", "affinity", "automountServiceAccountToken", "containers", "dnsConfig", "dnsPolicy",
     "enableServiceLinks", "ephemeralContainers", "evictionResponders", "hostAliases", "hostIPC", "hostNetwork",
@@ -118,7 +124,7 @@ def _check_keys(patch: Mapping[str, Any]) -> None:
     for key, value in patch.items():
         if key not in POD_FIELDS:
             near = difflib.get_close_matches(key, sorted(POD_FIELDS), n=1)
-            mend = "the patch is of what stands below spec: leave that level out" if key in ("spec", "template") else (
+            mend = _ELSEWHERE.get(key) or (
                 f"did you mean {near[0]}?" if near else "it takes what stands in a pod below spec, such as containers, "
                 "volumes, affinity"
             )  # fmt: skip

@@ -98,7 +98,8 @@ def refusal(message: str) -> Refusal | None:
         mend = "let the cluster choose the users: launch.pod_patch.securityContext with runAsUser, runAsGroup and "
         return Refusal("security", mend + "fsGroup null; or ask for a constraint such as nonroot-v2")
     if _ADMISSION.search(message):
-        mend = "the cluster's admission refuses the pod: the message says what to change (launch.pod_patch)"
+        mend = "the cluster's admission refuses it: the message says what to change (launch.pod_patch, launch.labels, "
+        mend += "launch.annotations, launch.resources)"
         return Refusal("admission", mend)
     return None
 

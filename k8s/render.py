@@ -93,7 +93,7 @@ def render_launch(
     check_names(spec)
     launch = launch or f"{run}-k1"
     name = object_name(launch, spec.launch.nodes)
-    marks = labels(run, launch)
+    marks = {**spec.launch.labels, **labels(run, launch)}
     meta = {"namespace": spec.launch.namespace, "labels": marks}
     job = _job(spec, plan, run, launch, name, marks, store_url, avoid)
     service: dict[str, Any] = {
@@ -148,7 +148,8 @@ def _job(
 ) -> dict[str, Any]:
     pod = _pod(spec, plan, run, launch, name, store_url)
     pod = _avoiding(apply_patch(pod, spec.launch.pod_patch), avoid)
-    template = {"metadata": {"labels": marks}, "spec": pod}
+    notes = dict(spec.launch.annotations)
+    template = {"metadata": {"labels": marks, **({"annotations": notes} if notes else {})}, "spec": pod}
     body: dict[str, Any] = {
         "completionMode": "Indexed",
         "completions": spec.launch.nodes,
@@ -168,7 +169,7 @@ def _job(
             "name": name,
             "namespace": spec.launch.namespace,
             "labels": {**marks, **queue},
-            "annotations": {SPEC_DIGEST: digest},
+            "annotations": {**notes, SPEC_DIGEST: digest},
         },
         # until its Secret and its Service are there; with a queue, until Kueue admits it
         "spec": {**body, "suspend": True},

@@ -262,9 +262,9 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
 
 UNSET = "null"
 """After ``--set key=``: the key is left out, so that its default holds."""
-_TABLES = tuple(("launch", key) for key in ("resources", "agent_resources", "node_selector"))
+_TABLES = tuple(("launch", key) for key in ("resources", "agent_resources", "node_selector", "labels", "annotations"))
 """Tables whose keys hold dots."""
-_OPEN_KEYS = ("pod_patch", "resources", "node_selector")
+_OPEN_KEYS = ("pod_patch", "resources", "node_selector", "labels", "annotations")
 _SHORT: dict[tuple[str, ...], str] = {("parallel", "recompute"): "kind"}
 """Sections that one of their keys stands for alone."""
 _KEEP = ("checkpoint", "keep")

@@ -24,6 +24,7 @@ LATER = {
     "checkpoint": ("bandwidth_mb_s", "keep", "snapshot_every", "persist_every"),
     "recovery": ("replay_every", "on_divergence", "on_explosion", "max_skips"),
     "parallel": ("vocab_stages",),
+    "launch": ("labels", "annotations"),
 }
 """Keys that came when runs had records already. Where they are at their default a How is written without them, so that
 it has the bytes that an older version gives it, and can be read by one (``spec.how_map``).
@@ -31,7 +32,7 @@ it has the bytes that an older version gives it, and can be read by one (``spec.
 MAX_HOW_BYTES = 24 << 10
 """Of a record's 64 KiB; the rest is for why an attempt ended: a rank's last words have up to 16 KiB, twice."""
 MAX_TREE_DEPTH = 20
-OPEN_TREES = ("pod_patch", "tolerations", "resources", "agent_resources", "node_selector")
+OPEN_TREES = ("pod_patch", "tolerations", "resources", "agent_resources", "node_selector", "labels", "annotations")
 """Keys of ``launch`` whose values are whatever Kubernetes takes."""
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved-1f1b", "zb-h1", "zb-v", "v-half")
@@ -285,6 +286,8 @@ class LaunchSpec(Section):
     resources: Quantities = Field(default_factory=dict, description="kubernetes: of the engine, e.g. cpu, memory")
     agent_resources: Quantities = Field(default_factory=dict, description="kubernetes: of the agent")
     store_secret: str = Field("", description="kubernetes: Secret with the store's credentials, for the agent only")
+    labels: dict[str, str] = Field(default_factory=dict, description="kubernetes: labels of the pods and all objects")
+    annotations: dict[str, str] = Field(default_factory=dict, description="kubernetes: annotations of pods and Job")
     pod_patch: dict[str, Any] = Field(default_factory=dict, description="kubernetes: strategic-merge patch of the pod")
     fabric: Literal["tcp", "infiniband", "roce", "efa", "nvl72"] = "tcp"
     queue: str = Field("", max_length=63, description="kubernetes: Kueue's queue; the Job then waits to be admitted")

@@ -237,7 +237,6 @@ def serve_fired(
     plan = when if when is not None else Interval(timedelta(seconds=interval or 0), timezone=zone)
     told = f"cron {cron!r} in {zone}" if cron else f"every {interval:g} s"
     ends = f"the workers of pool {pool} start its runs" if pool else "Ctrl-C ends the schedule, not what runs"
-    say(f"scheduled {title} ({told}) at {found.shown}; {ends}")
     server = Server(
         lambda: make(plan, told),
         say,
@@ -245,7 +244,12 @@ def serve_fired(
         entrypoint=entrypoint or ENTRYPOINT,
         policy=policy or FiringPolicy(),
     )
-    server.registered = lambda client, deployment: _registered(client, deployment, title, zone, notices or [])
+
+    def registered(client: Client, deployment: UUID) -> None:
+        say(f"scheduled {title} ({told}) at {found.shown}; {ends}")
+        _registered(client, deployment, title, zone, notices or [])
+
+    server.registered = registered
     try:
         if pool:
             server.hand_over(pool)

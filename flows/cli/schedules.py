@@ -98,6 +98,8 @@ def list_schedules(served: Deployments, as_json: bool) -> int:
         say(f"{row['name']}: {row['state']}; {row['when']}; {row['mode']}, a firing that overlaps {row['overlap']}")
         if row["next"]:
             say(f"  fires next {row['next']}")
+        for lack in row["lacks"]:
+            say(f"  {lack}")
         if row["going_on"]:
             say(f"  {row['going_on']} run(s) go on")
         if row["late"]:
@@ -126,7 +128,7 @@ def resume_schedule(served: Deployments, name: str) -> int:
     row = _find(served, name)
     served.resume(UUID(row["id"]))
     say(f"{_full(row)} is paused no more")
-    if served_s(row) is None:
+    if served_s(row) is None and not row.get("work_pool_name"):
         say("  nobody serves it: it fires once `hotstage schedule` has been started again")
     return 0
 
@@ -144,6 +146,6 @@ def remove_schedule(served: Deployments, name: str) -> int:
     row = _find(served, name)
     gone = served.remove(UUID(row["id"]))
     say(f"{_full(row)} is gone" + (f", and {gone} firing(s) that were planned or late" if gone else ""))
-    if served_s(row) is not None:
+    if served_s(row) is not None and not row.get("work_pool_name"):
         say("  the process that served it ends within some seconds")
     return 0

@@ -62,6 +62,8 @@ END_STATES = {
     "cancelled": ("CANCELLED", "Cancelled"),
     "stopped": ("CANCELLED", "Cancelled"),
     "superseded": ("CANCELLED", "Cancelled"),
+    "parked": ("CANCELLED", "Cancelled"),
+    "preempted": ("CANCELLED", "Cancelled"),  # as the log calls a run that is parked
 }
 
 
@@ -582,5 +584,11 @@ def end_message(outcome: Outcome) -> str:
     if outcome.outcome == "succeeded":
         return f"run {outcome.run} succeeded: step {outcome.step}, state digest {outcome.state_digest}"
     if outcome.outcome == "gave_up":
-        return f"run {outcome.run} gave up: {outcome.reason}"
-    return f"run {outcome.run} was {outcome.outcome} at step {outcome.step}: {outcome.reason}"
+        return f"run {outcome.run} gave up: {outcome.reason}{_no_retry(outcome)}"
+    said = f"run {outcome.run} was {outcome.outcome} at step {outcome.step}: {outcome.reason}"
+    return said + (_no_retry(outcome) if outcome.outcome == "cancelled" else "")
+
+
+def _no_retry(outcome: Outcome) -> str:
+    """The page has a button that does nothing for a run that has ended."""
+    return f"; Retry trains nothing here: `hotstage runs resume {outcome.run}` goes on with it"

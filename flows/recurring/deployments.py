@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
+from urllib.parse import quote
 from uuid import UUID
 
 from flows.prefect_api import OPEN_STATES, Client, Lost
@@ -63,6 +64,13 @@ class Deployments:
         body = {"deployments": {"name": {"any_": [name]}}, "flows": {"name": {"any_": [flow]}}, "limit": 1}
         found = self.client.send("POST", "/deployments/filter", body).json()
         return dict(found[0]) if found else None
+
+    def pool(self, name: str) -> dict[str, Any] | None:
+        """A work pool; None where there is none of that name."""
+        try:
+            return dict(self.client.send("GET", f"/work_pools/{quote(name, safe='')}").json())
+        except Lost:
+            return None
 
     def ours(self) -> list[dict[str, Any]]:
         """Every deployment of one of our flows."""

@@ -34,22 +34,42 @@ def schedule_row(served: Deployments, row: Mapping[str, Any], name: str) -> dict
         deployment, "SCHEDULED", expected_start_time={"after_": datetime.now(UTC).isoformat()}, limit=1
     )
     late = served.count(deployment, state={"name": {"any_": ["Late"]}})
+    pool = served.pool(str(row["work_pool_name"])) if row.get("work_pool_name") else None
     return {
         "name": name,
-        "state": _state_word(row),
+        "state": _state_word(row, pool),
         "when": ", ".join(map(_when, row["schedules"])) or "started by hand",
         "mode": "sweep" if "points" in parameters else parameters.get("mode", "fresh"),
         "overlap": _overlap_word(row),
         "store": parameters.get("store") or "",
-        "next": planned[0]["expected_start_time"] if planned and served_s(row) is not None else "",
+        "next": planned[0]["expected_start_time"] if planned and (pool or served_s(row) is not None) else "",
         "late": late,
+        "lacks": pool_words(pool, row.get("job_variables") or {}) if pool else [],
         "going_on": len(served.going_on(deployment)),
     }
 
 
-def _state_word(row: Mapping[str, Any]) -> str:
+def pool_words(pool: Mapping[str, Any], variables: Mapping[str, Any]) -> list[str]:
+    """What keeps runs of a work pool from starting, each with its mend. ``variables``: of the deployment's jobs."""
+    name, found = pool["name"], []
+    if pool.get("is_paused"):
+        found.append(f"pool {name} is paused: nothing starts before `prefect work-pool resume {name}`")
+    elif pool.get("status") == "NOT_READY":
+        found.append(f"no worker of pool {name} is online: `prefect worker start --pool {name}` where its runs train")
+    known = ((pool.get("base_job_template") or {}).get("variables") or {}).get("properties") or {}
+    if "image" in known and not (variables.get("image") or known["image"].get("default")):
+        found.append(
+            f"runs of pool {name} get Prefect's own image, which does not hold hotstage: name one in the pool's base "
+            "job template, or deploy prefect.yaml there (k8s/prefect for Kubernetes) and schedule again"
+        )
+    return found
+
+
+def _state_word(row: Mapping[str, Any], pool: Mapping[str, Any] | None) -> str:
     if row.get("paused"):
         return "paused"
+    if pool is not None:
+        return f"in pool {pool['name']}"
     ago = served_s(row)
     if ago is not None:
         return "served"

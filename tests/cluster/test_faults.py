@@ -350,6 +350,17 @@ def test_images_that_were_swapped(one: Gang, judge: Judge) -> None:
     judge.row(one, "images swapped", done["reason"], ended(one.resume(done["run"], *right)))
 
 
+def test_a_container_of_somebody_elses_that_fails_before_the_engine(one: Gang, judge: Judge) -> None:
+    """As a mesh's or a vault's does, which a webhook puts there: no machine is left out for it."""
+    own = "{ allowPrivilegeEscalation = false, capabilities = { drop = ['ALL'] } }"
+    other = f"name = 'vault-agent-init', image = '{DEFAULT_IMAGE}', args = ['nonsense'], securityContext = {own}"
+    one.sets.append(f"{PATCH}{{ initContainers = [{{ {other} }}] }}")
+    done = ended(one.start())
+    assert (done["outcome"], done["exit_code"]) == ("gave_up", 75), done
+    assert "failed with its container vault-agent-init, which ended with 64" in done["reason"]
+    judge.row(one, "somebody else's container fails", done["reason"], ended(one.resume(done["run"], PATCH + "{}")))
+
+
 def test_wrong_credentials_of_the_store(one: Gang, judge: Judge) -> None:
     wrong = {**one.s3.environment("trainer"), "AWS_SECRET_ACCESS_KEY": "wrong-wrong-wrong-wrong"}
     secret(one.cluster, one.namespace, "store", wrong)

@@ -82,6 +82,27 @@ def test_a_suspended_launch_waits_for_its_queue() -> None:
     view = launch_view("x-k1", replace(JOB, suspended=True, queue="team"), [])
     assert (view.state, view.loss) == ("waiting", None)
     assert "queue team" in view.detail
+    view = launch_view("x-k1", replace(JOB, suspended=True), [])  # by Kueue, which may manage what names no queue
+    assert (view.state, view.loss) == ("waiting", None)
+    assert "set launch.queue" in view.detail
+    assert "kubectl patch job x-k1" in view.detail
+
+
+@pytest.mark.parametrize("queue", ["", "team"])
+@pytest.mark.parametrize("seen", ["leaving", "left", "gone"])
+def test_a_job_that_is_suspended_loses_its_pods_by_that(queue: str, seen: str) -> None:
+    """And not by their machines, which would be struck for it."""
+    left = ContainerView("terminated", "Error", exit_code=143)
+    pods = [pod(0, deleting=True), pod(1, deleting=True)]
+    if seen == "left":
+        pods = [pod(0, left, phase="Failed", deleting=True), pod(1, left, phase="Failed", deleting=True)]
+    job = replace(JOB, suspended=True, queue=queue)
+    view = launch_view("x-k1", job, [] if seen == "gone" else pods, [pod(0), pod(1)] if seen == "gone" else [])
+    assert view.state == "lost"
+    assert view.loss is not None
+    assert (view.loss.cls, view.loss.place) == ("preempted", "")
+    assert "was suspended, which ends its pods" in view.loss.text
+    assert ("queue team" in view.loss.text, "set launch.queue" in view.loss.mend) == (bool(queue), not queue)
 
 
 LOSSES: dict[str, tuple[PodView, str, str, str]] = {
@@ -225,6 +246,21 @@ def test_every_exit_code_of_the_engine_has_its_class(code: int) -> None:
     assert view.loss.cls == EXITS[code].cls
     assert "last words" in view.loss.text
     assert view.nodes[1].alive is False
+
+
+def test_a_container_of_somebody_elses_that_fails_is_named_and_its_machine_is_not_struck() -> None:
+    """A mesh's or a vault's, put there by a webhook: where it fails everywhere no machine would be left."""
+    started = ContainerView("waiting", "PodInitializing")
+    before = ContainerView("terminated", "Error", "x\nno token for role trainer", exit_code=1)
+    others = {"istio-validation": ContainerView("terminated", "Completed", exit_code=0), "vault-agent-init": before}
+    failed = pod(1, started, started, phase="Failed")
+    failed = replace(failed, containers={**others, **failed.containers})
+    view = launch_view("x-k1", JOB, [pod(0), failed])
+    assert view.state == "lost"
+    assert view.loss is not None
+    assert (view.loss.cls, view.loss.node, view.loss.place) == ("infra", 1, "")
+    assert "on m1 failed with its container vault-agent-init, which ended with 1: no token for role" in view.loss.text
+    assert "kubectl logs POD -c vault-agent-init" in view.loss.mend
 
 
 def test_a_sidecars_end_is_not_the_engines() -> None:

@@ -20,7 +20,7 @@ def test_the_fields_are_those_of_the_clients_model() -> None:
     ("patch", "words"),
     [
         ({"spec": {"nodeName": "a"}}, "pod_patch.spec: a pod's spec has no such key; .* leave that level out"),
-        ({"metadata": {"labels": {}}}, "pod_patch.metadata: a pod's spec has no such key"),
+        ({"metadata": {"labels": {}}}, "pod_patch.metadata: .* labels and annotations of the pods are launch.labels"),
         ({"nodeSelectr": {"a": "b"}}, "did you mean nodeSelector"),
         ({"containers": "x"}, r"pod_patch.containers 'x' is no list; write \[{name = …}\]"),
         ({"containers": ["x"]}, r"pod_patch.containers\[0\] 'x' is no table"),

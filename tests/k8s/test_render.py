@@ -68,6 +68,16 @@ def rendered(*sets: str, **launch: Any) -> list[dict[str, Any]]:
         ({"tolerations": [{"key": "a", "value": True}]}, "has the value True: it is at most 63"),
         ({"tolerations": [{"key": "a", "tolerationSeconds": 5}]}, 'goes with effect = "NoExecute" alone'),
         ({"image": "registry/Name:tag"}, "is no image: Name is written in lower case"),
+        ({"labels": {"a b": "c"}}, "launch.labels: 'a b' is no label's name; write as example.com/team"),
+        ({"annotations": {"a/b/c": "c"}}, "launch.annotations: 'a/b/c' is no annotation's name"),
+        ({"labels": {"team": "a b"}}, "labels.team = 'a b' is no label's value: .*launch.annotations.*any text"),
+        (
+            {"labels": {"hotstage.dev/run": "x"}},
+            "hotstage.dev/run is set by hotstage or Kubernetes itself; take it out",
+        ),
+        ({"labels": {"app.kubernetes.io/name": "x"}}, "app.kubernetes.io/name is set by hotstage"),
+        ({"annotations": {"batch.kubernetes.io/x": "x"}}, "batch.kubernetes.io/x is set by hotstage"),
+        ({"labels": {"kueue.x-k8s.io/queue-name": "a"}}, "kueue.x-k8s.io/queue-name is launch.queue here"),
     ],
 )
 def test_names_that_the_api_server_does_not_take(launch: dict[str, Any], words: str) -> None:
@@ -83,6 +93,20 @@ def test_names_at_their_limits_are_taken() -> None:
     pod = job["spec"]["template"]["spec"]
     assert (pod["nodeSelector"], pod["containers"][0]["image"]) == (selects, image)
     assert all(bear in pod["tolerations"] for bear in bears)
+
+
+def test_labels_and_annotations_of_the_users_own() -> None:
+    """What meshes, autoscalers and policies of a cluster look for; without them the objects are as before."""
+    sets = ("launch.labels.sidecar.istio.io/inject='false'", "launch.annotations.karpenter.sh/do-not-disrupt='true'")
+    objects, plain = rendered(*sets, labels={"team": "nlp"}), rendered()
+    mine = {"team": "nlp", "sidecar.istio.io/inject": "false"}
+    noted = {"karpenter.sh/do-not-disrupt": "true"}
+    pods, was = (job["spec"]["template"]["metadata"] for job in (objects[0], plain[0]))
+    assert [o["metadata"]["labels"] for o in objects] == [{**o["metadata"]["labels"], **mine} for o in plain]
+    assert pods == {"labels": {**was["labels"], **mine}, "annotations": noted}
+    assert objects[0]["metadata"]["annotations"] != plain[0]["metadata"]["annotations"]  # the digest of what it says
+    assert noted.items() <= objects[0]["metadata"]["annotations"].items()
+    assert "annotations" not in was
 
 
 def test_objects_pass_the_clients_models() -> None:

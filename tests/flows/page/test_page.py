@@ -13,10 +13,12 @@ import pytest
 from checkpoint.evaluated import Evaluation, Evaluations, Ran
 from checkpoint.keys import evaluated_key
 from checkpoint.log import RunLog, RunState
+from checkpoint.log.records import OUTCOMES
 from checkpoint.store import Store
 from flows.drive.events import Event, Outcome
 from flows.hosting import Prefect, undisturbed
-from flows.page import Page
+from flows.page import Page, end_message
+from flows.page.page import END_STATES
 from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Api
@@ -160,6 +162,25 @@ def test_a_flow_run_that_the_server_has_lost_is_written_anew(prefect: Api, store
     wait_for(lambda: prefect.named(told.run), "another flow run", 60)
     assert told.fail_and_end(), told.warned
     assert_whole(prefect, told)
+
+
+def test_a_run_that_is_parked_ends_its_flow_run(prefect: Api, store: Store) -> None:
+    """Its hours are used; it stayed Running for ever. Each end that a log may tell has a state."""
+    assert set(OUTCOMES) <= END_STATES.keys()
+    told = Told(store, lambda: Client.connect(prefect.server.api))
+    told.begin()
+    told.log.append("ended", {"outcome": "preempted", "reason": "used", "step": 30, "state_digest": None}, told.state)
+    told.page.tell(Event("ended", {"outcome": "parked"}))
+    assert told.page.close(Outcome(told.run, "parked", "used", 30, None, 1, 85), patience_s=60), told.warned
+    (flow_run,) = prefect.named(told.run)
+    assert flow_run["state"]["message"] == f"run {told.run} was parked at step 30: used"
+    assert (flow_run["state_type"], told.warned) == ("CANCELLED", [])
+
+
+def test_what_the_page_s_retry_would_not_do_is_told_with_the_end() -> None:
+    for outcome, told in (("gave_up", True), ("cancelled", True), ("parked", False), ("stopped", False)):
+        said = end_message(Outcome("a-1", outcome, "why", 3, None, 1, 75))
+        assert ("Retry trains nothing here: `hotstage runs resume a-1`" in said) == told, said
 
 
 def test_a_server_that_comes_late_is_told_all(prefect: Api, store: Store) -> None:

@@ -32,8 +32,9 @@ from flows.flow import RunFailed, collect_flow
 from flows.prefect_api import Client, Gone, Refused
 from flows.recurring.deployments import Deployments
 from flows.recurring.due import FiringPolicy, Overlap
+from flows.recurring.state import schedule_row
 from flows.recurring.when import cron_of
-from flows.serve import COLLECT, Server
+from flows.serve import COLLECT, ENTRYPOINT, Server
 from tests.flows.conftest import Api, deployment, of, registered
 from tests.support.place import ROOT
 from tests.support.small_checkpoints import RUN, begin, save
@@ -267,6 +268,31 @@ def test_schedules_are_listed_paused_resumed_and_removed(
     assert one.said[-1] == "the deployment was taken away: this schedule ends"
     assert not prefect.ask("deployments/filter", {"deployments": {"name": {"any_": ["managed"]}}})
     assert not prefect.flow_runs(state={"type": {"any_": ["SCHEDULED"]}}, deployment_id={"any_": [str(made)]})
+
+
+def test_a_pool_says_what_keeps_its_runs_from_starting(prefect: Api, there: Client) -> None:
+    """A schedule in a paused pool said that its workers start its runs; the list, that nobody serves it."""
+    name, said = f"pool-{uuid4().hex[:6]}", list[str]()
+    server = Server(lambda: hourly("pooled"), said.append)
+    with pytest.raises(Refused, match=f"prefect work-pool create {name} --type process"):
+        server.hand_over(name)
+    image: dict[str, Any] = {"title": "Image", "type": "string"}
+    template = {"job_configuration": {"image": "{{ image }}"}, "variables": {"properties": {"image": image}}}
+    prefect.tell("work_pools/", {"name": name, "type": "process", "is_paused": True, "base_job_template": template})
+    flow = prefect.tell("flows/", {"name": "train"})["id"]
+    beside = {"name": "train", "flow_id": flow, "entrypoint": ENTRYPOINT, "work_pool_name": name}
+    server.hand_over(name)
+    assert f"prefect work-pool resume {name}" in said[0]
+    assert "Prefect's own image, which does not hold hotstage" in said[1]
+    prefect.tell("deployments/", {**beside, "job_variables": {"image": "registry.example/flows:1"}})
+    there.send("PATCH", f"/work_pools/{name}", {"is_paused": False})
+    said.clear()
+    server.hand_over(name)  # with the image that prefect.yaml gave the pool's other deployment
+    assert [line.split(":")[0] for line in said] == [f"  no worker of pool {name} is online"]
+    row = schedule_row(Deployments(there), deployment(prefect, "pooled"), "train/pooled")
+    assert (row["state"], len(row["lacks"])) == (f"in pool {name}", 1)
+    for made in ("pooled", "train"):
+        prefect.delete(f"deployments/{deployment(prefect, made)['id']}")
 
 
 def test_a_deployment_of_another_project_with_the_same_name_is_left_alone(prefect: Api, there: Client) -> None:
