@@ -164,7 +164,10 @@ class FileStore:
         self._token = secrets.token_hex(4)
         self._rate: Rate | None = None
         self._folder: int | None = None
-        """Of the first object that was written or found; None: there was none yet."""
+        """The inode of the folder when the first object was written or found; None: there was none yet."""
+        self._met: Path | None = None
+        """An object of it that stays, or its folder for what is half written: some file systems number a folder anew
+        when they look again."""
 
     @property
     def url(self) -> str:
@@ -184,7 +187,7 @@ class FileStore:
         durable = not is_hint(key)
         try:
             if os.path.lexists(path):  # the common way to lose: no need to write first
-                self._know()
+                self._know(key)
                 return self._holds(path, data)
             temporary = self._write(data, durable)
             try:
@@ -197,6 +200,7 @@ class FileStore:
                 raise
             finally:
                 os.unlink(temporary)
+            self._know(key)
         except OSError as error:
             raise translate(error, f"creating {key!r}", self.root) from error
         return True
@@ -223,7 +227,7 @@ class FileStore:
                 begin, count = window(key, os.fstat(file.fileno()).st_size, max_bytes, first, length)
                 file.seek(begin)
                 data = _read(file.fileno(), count)
-            self._know()
+            self._know(key)
         except (FileNotFoundError, NotADirectoryError) as error:
             self._check_root(error)
             raise NotFound(key, self.describe()) from error
@@ -278,7 +282,7 @@ class FileStore:
             return None
         except OSError as error:
             raise translate(error, f"looking at {key!r}", self.root) from error
-        self._know()
+        self._know(key)
         return None if os.path.isdir(path) else Info(key, status.st_size, status.st_mtime)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
@@ -331,9 +335,11 @@ class FileStore:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _know(self) -> None:
-        """Something of the store is there: from here on it is known by its folder."""
+    def _know(self, key: str = "") -> None:
+        """Something of the store is there: from here on it is known by its folder, and by that object."""
         self._folder = self._folder or _number(self.root)
+        if self._met is None or (self._met.name == _TMP and key and not is_hint(key)):
+            self._met = self.root / (_TMP if not key or is_hint(key) else key)
 
     def _check_root(self, error: OSError) -> None:
         """Where something is missing. StoreUnavailable where the folder is not the one that this store has met, or has
@@ -341,7 +347,8 @@ class FileStore:
         StoreRefused where none can be.
         """
         known = self._folder  # before the look: another thread may be making the folder
-        if known is not None and known != _number(self.root):
+        met = self._met is not None and os.path.exists(self._met)
+        if known is not None and known != _number(self.root) and not met:
             raise StoreUnavailable(
                 f"the file store {self.root} is gone, and this process has used it: put the folder back where it was, "
                 "or mount its disk again, and it goes on; nothing is written there meanwhile"

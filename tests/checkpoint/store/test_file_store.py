@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,22 @@ def test_a_store_that_is_gone_is_not_begun_anew(tmp_path: Path, unmounted: bool,
     (tmp_path / "away").rename(tmp_path / "store")
     assert store.create("runs/r/log/1", b"x")
     assert store.get(KEY) == b"x"
+
+
+@pytest.mark.parametrize("who", ["wrote", "read"])
+def test_a_store_whose_folder_has_another_number_is_the_same_where_it_holds_what_it_held(
+    tmp_path: Path, who: str
+) -> None:
+    """Mounted buckets, sshfs and the like number a folder anew when the kernel has forgotten it."""
+    first = FileStore(tmp_path / "store")
+    assert first.create(KEY, b"x")
+    store = first if who == "wrote" else FileStore(tmp_path / "store")
+    assert store.get(KEY) == b"x"
+    shutil.copytree(tmp_path / "store", tmp_path / "again")
+    (tmp_path / "store").rename(tmp_path / "away")
+    (tmp_path / "again").rename(tmp_path / "store")
+    assert store.head("runs/r/log/1") is None
+    assert store.create("runs/r/log/1", b"x")
 
 
 def cached(path: Path) -> bool:
