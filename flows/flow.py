@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -39,7 +40,8 @@ from flows.recurring.sweep import sweep_words, table_lines
 from flows.show.collected import collected_lines
 from flows.show.lines import Lines
 from flows.sweeping import hosted_sweep
-from trainer.spec import RunSpec
+from trainer.errors import SpecError
+from trainer.spec import RunSpec, parse_spec
 
 
 class RunFailed(RuntimeError):
@@ -87,14 +89,15 @@ def train_flow(
     lr_schedule: LrSchedule = "extend",
     overlap: Overlap = "skip",
 ) -> Any:
-    """Train a spec to its end, or go on with the run of that name. Completed only when the run succeeded; Failed with
-    the reason when it gave up; Cancelled when it was cancelled or stopped.
+    """Train a spec to its end, or go on with the run of that name, with ``sets`` (KEY=VALUE) either way. Completed
+    only when the run succeeded; Failed with the reason when it gave up; Cancelled when it was cancelled or stopped.
 
     ``fresh``: each scheduled firing is a run of its own (its scheduled time joins the name). Which ``mode`` continue
     begins where the last one that succeeded ended, on the data as they are now, and ends at once where they are the
     same; ``lr_schedule`` is then extended or restarted. Where the run of an earlier firing has not ended, this firing
     goes on with that one instead, or cancels it (``overlap`` cancel).
     """
+    spec = spec_to_train(spec, run, sets)
     opened = store_at(store or None)
     name = flow_run_name()
     ordered = flow_run.run_count <= 1  # a person's order; executed again it is nobody's
@@ -202,6 +205,20 @@ def reconcile_flow(store: str = "", out: str = "out", seconds: float = 0.0) -> i
     Local runs are driven on the machine on which they work: there this flow has to run.
     """
     return Care(store_at(store or None), Path(out), get_run_logger().info).run(seconds)
+
+
+def spec_to_train(spec: RunSpec | None, run: str, sets: Sequence[str]) -> RunSpec | None:
+    """The spec with its settings; None where the run of a name goes on. SpecError where what a person typed into
+    Prefect's form says both, or neither.
+    """
+    if spec is None and not run:
+        raise SpecError("neither spec nor run is given: type one of them")
+    if spec is not None and run:
+        raise SpecError(
+            f"spec ({spec.name}) and run ({run}) are both given: `spec`: null goes on with that run, an empty run "
+            "trains the spec"
+        )
+    return parse_spec(spec.model_dump(mode="json"), sets) if spec is not None and sets else spec
 
 
 def _printer(name: str) -> Any:

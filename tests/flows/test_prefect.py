@@ -17,10 +17,13 @@ from typing import Any
 
 import pytest
 
+from flows.flow import spec_to_train
 from flows.prefect_api import answers
 from tests.flows.conftest import Api, started
 from tests.support.place import ROOT, STEPS, Place, finish
 from tests.support.wait import wait_for
+from trainer.errors import SpecError
+from trainer.spec import load_spec
 
 SLOW = ("train.microbatch=1", "model.width=128", "train.steps=150")  # long enough to act in the middle
 
@@ -107,6 +110,22 @@ def test_a_run_that_gives_up_is_a_failed_flow_run(prefect: Api, hosted: Place) -
     assert all(json.loads(line) for line in done.err.splitlines())
     wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "FAILED", "the attempt's end", 20, 0.1)
     assert attempt_of(prefect, flow_run)["state"]["message"] == result["reason"]
+
+
+def test_what_a_person_types_into_the_form_holds_or_is_refused() -> None:
+    """Settings beside a spec were passed over in silence, and so was a run's name: another run was trained."""
+    spec = load_spec(ROOT / "examples" / "demo.toml", [])
+    typed = spec_to_train(spec, "", ["train.seed=7", "parallel.stages=1"])
+    assert typed is not None
+    assert (typed.train.seed, typed.parallel.stages) == (7, 1)
+    assert spec_to_train(spec, "", ()) is spec
+    assert spec_to_train(None, "demo-1", ["parallel.stages=1"]) is None
+    with pytest.raises(SpecError, match=r"no key train\.stepz; did you mean train.steps"):
+        spec_to_train(spec, "", ["train.stepz=2"])
+    with pytest.raises(SpecError, match=r"and run .demo-1. are both given: `spec`: null goes on with that run"):
+        spec_to_train(spec, "demo-1", ())
+    with pytest.raises(SpecError, match="neither spec nor run is given"):
+        spec_to_train(None, "", ())
 
 
 def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted: Place) -> None:
