@@ -77,7 +77,7 @@ class Prefect:
         if ended or time.monotonic() - self._began > SERVER_UP_S:
             self._dead = True
             where = f"; its log is {self.own.log}" if self.own.log else ""
-            self.say(f"Prefect's own server did not come up: going on without its page{where}{self.own.no_home()}")
+            self.say(f"Prefect's own server did not come up: going on without its page{where}{self.own.why_not_up()}")
         return None
 
     @property

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.client import HTTPException
+from importlib.metadata import version
 from pathlib import Path
+from typing import IO, Any
+
+LINES = 50
+"""Of what a server says, kept to tell why it did not come up."""
 
 
 def free_port() -> int:
@@ -36,6 +45,9 @@ class PrefectServer:
     log: Path | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     """More of Prefect's settings for it, as environment variables."""
+    _said: deque[bytes] = field(default_factory=lambda: deque(maxlen=LINES))
+    """The newest lines of one without a log."""
+    _hearer: threading.Thread | None = None
 
     @property
     def api(self) -> str:
@@ -77,14 +89,41 @@ class PrefectServer:
             args.append("--no-services")
         if shutil.which("setpriv"):  # util-linux: nobody's server does not outlive a killed command
             args = ["setpriv", "--pdeathsig", "TERM", *args]
-        with open(self.log or os.devnull, "ab") as out:
+        with contextlib.ExitStack() as stack:
+            out: Any = stack.enter_context(open(self.log, "ab")) if self.log else subprocess.PIPE
             self.process = subprocess.Popen(
-                args, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+                args, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
+        if self.process.stdout is not None:
+            self._hearer = threading.Thread(target=self._hear, args=(self.process.stdout,), daemon=True)
+            self._hearer.start()
 
-    def no_home(self) -> str:
+    def _hear(self, words: IO[bytes]) -> None:
+        with words:
+            self._said.extend(words)
+
+    def why_not_up(self) -> str:
+        """What to say of a server that did not come up: its folder, its database, or its last word; empty where nobody
+        knows.
+        """
+        if self._hearer is not None and self.process is not None and self.process.poll() is not None:
+            self._hearer.join(1.0)
+        lines = self.log.read_bytes().splitlines()[-LINES:] if self.log and self.log.exists() else list(self._said)
+        text = [line.decode(errors="replace").strip() for line in lines]
+        error = next((line for line in reversed(text) if re.match(r"[\w.]*(Error|Exception)\b", line)), "")
+        if "Can't locate revision" in error:
+            return (
+                f"; its database in {self._home()} was made by a newer Prefect than this one ({version('prefect')}): "
+                "install that, or name another folder with PREFECT_HOME"
+            )
+        return self._no_home() or (f"; its last word: {re.sub(r'://[^/@ ]*@', '://', error)[:300]}" if error else "")
+
+    def _home(self) -> str:
+        return str(self.home) if self.home else os.environ.get("PREFECT_HOME") or os.path.expanduser("~/.prefect")
+
+    def _no_home(self) -> str:
         """What to say where it has no folder to write to; empty where it has one."""
-        named = str(self.home) if self.home else os.environ.get("PREFECT_HOME") or os.path.expanduser("~/.prefect")
+        named = self._home()
         there = Path(named).absolute()
         while not there.exists():
             there = there.parent

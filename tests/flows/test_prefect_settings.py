@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -196,7 +198,34 @@ def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_server_without_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert PrefectServer(tmp_path / "not" / "yet").no_home() == ""
+    assert PrefectServer(tmp_path / "not" / "yet").why_not_up() == ""
     monkeypatch.setenv("PREFECT_HOME", "/proc/none")
     monkeypatch.setattr("os.access", lambda path, _: Path("/proc") not in (path, *Path(path).parents))
-    assert PrefectServer(None).no_home().endswith("which cannot be written: name another folder with PREFECT_HOME")
+    assert PrefectServer(None).why_not_up().endswith("which cannot be written: name another folder with PREFECT_HOME")
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (
+            "alembic.util.exc.CommandError: Can't locate revision identified by 'fff'",
+            "made by a newer Prefect than this",
+        ),
+        ("sqlite3.OperationalError: no disk", "; its last word: sqlite3.OperationalError: no disk"),
+        ("asyncpg.InvalidError: postgresql://ann:secret@db/x", "InvalidError: postgresql://db/x"),
+        ("Server stopped!", ""),
+    ],
+)
+def test_why_a_server_of_ones_own_did_not_come_up(last: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it said went to nobody, where Prefect's usual folder is its home."""
+    script = f"print('Traceback (most recent call last):'); print({last!r}); print('Application startup failed.')"
+    popen = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda _args, **more: popen([sys.executable, "-S", "-c", script], **more))
+    server = PrefectServer(None)
+    server.start()
+    assert server.process is not None
+    server.process.wait(60)
+    said = server.why_not_up()
+    assert told in said
+    assert bool(said) is bool(told)
+    assert "secret" not in said
