@@ -15,8 +15,10 @@ from checkpoint.errors import Damaged
 from checkpoint.keys import INDEX, is_run, spec_key
 from checkpoint.log import RunLog
 from checkpoint.store import Store
-from flows.data import load_tokenizer, prepare
+from flows.data import load_tokenizer, prepare, validation_of
+from flows.data.sources import open_source
 from flows.drive.begin_from import begin
+from flows.drive.evaluations import NO_DATA
 from flows.drive.room import lacking_memory
 from flows.drive.run import (
     Board,
@@ -32,7 +34,7 @@ from flows.drive.run import (
 from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_tokenizer
 from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
-from trainer.errors import PlanError, SpecError
+from trainer.errors import DatasetError, PlanError, SpecError
 from trainer.local_launch import ready_folder
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, RunSpec, what_digest, what_map
@@ -55,6 +57,22 @@ def _check_room(prepared: Prepared) -> None:
             f"the plan needs {lack}; `hotstage plan` shows for what: take a smaller microbatch, --set "
             "parallel.recompute=layer, checkpoint.slots=2, a smaller model, or another machine"
         )
+
+
+def _check_validation(prepared: Prepared, store: Store) -> None:
+    """What the validation reads, before the first step: its first look would be at a checkpoint of hours later.
+    DatasetError or SpecError where there is nothing."""
+    wanted = prepared.spec.validation
+    if not wanted.every:
+        return
+    if not wanted.source and validation_of(store, prepared.dataset) is None:
+        raise SpecError(f"validation.every is {wanted.every}, and {NO_DATA}")
+    if wanted.source and not wanted.source.startswith("dataset:"):
+        own = {"source": wanted.source, "field": wanted.field, "prompt_field": wanted.prompt_field}
+        try:
+            open_source(DataSpec.model_validate(own)).look()
+        except DatasetError as error:
+            raise DatasetError(f"validation.source: {error}") from error
 
 
 def _tell_left(prepared: Prepared, store: Store, say: Callable[[str], None]) -> None:
@@ -153,6 +171,7 @@ def prepare_run(
         check_layouts(prepared)
         if store.head(spec_key(run)) is None:
             _check_room(prepared)
+            _check_validation(prepared, store)
             if not suffix:
                 _tell_left(prepared, store, say)
         if resolved.model.init is None:

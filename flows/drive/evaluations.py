@@ -33,6 +33,10 @@ from trainer.spec import RunSpec
 log = logging.getLogger(__name__)
 
 VALIDATION = "validation"
+NO_DATA = (
+    "there is nothing to validate on: the run's dataset has no validation part (data.validation makes one); set "
+    "validation.source, such as text:held-out/*.txt"
+)
 CANDIDATES = 64
 MOST_FAILURES = 3
 MORE_S = 600.0

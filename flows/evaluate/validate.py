@@ -20,6 +20,7 @@ from checkpoint import keys
 from checkpoint.errors import NotFound
 from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare, tokenizer_json, validation_of
+from flows.drive.evaluations import NO_DATA
 from flows.drive.run import Prepared
 from flows.show.export import Inference
 from trainer.dataset import HEADER_BYTES, DatasetRef, counts_of, without_mask
@@ -50,10 +51,7 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
     if not source:
         found = validation_of(store, dataset)
         if found is None:
-            raise SpecError(
-                "there is nothing to validate on: the run's dataset has no validation "
-                "part (data.validation makes one); set validation.source, such as text:held-out/*.txt"
-            )
+            raise SpecError(NO_DATA)
         return found
     if source.startswith("dataset:"):
         other = prepare(DataSpec(source=source), store, say=say)

@@ -11,6 +11,7 @@ from checkpoint.errors import Damaged
 from checkpoint.keys import index_key, spec_key
 from checkpoint.log import RunLog
 from checkpoint.store import Store
+from flows.data import prepare
 from flows.drive.begin import prepare_run
 from flows.drive.run import INDEX_CAP, ask_run, load_run, load_what, run_names
 from flows.recurring.chain import heir
@@ -137,3 +138,24 @@ def test_who_comes_back_to_a_corpus_that_has_changed_is_told_of_the_run_that_was
     assert f"hotstage runs resume {left}" in told
     on(f"text:{tmp_path}/b.txt")
     assert not [line for line in said if left in line], "only a run that is new needs it"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({}, r"validation.every is 3, and there is nothing to validate on: .* set validation.source"),
+        ({"source": "text:none/*.txt"}, r"validation.source: data.source 'text:none/\*.txt' matches no file"),
+    ],
+)
+def test_what_is_validated_on_is_looked_for_before_the_first_step(
+    ground: tuple[Store, RunSpec], more: dict[str, str], says: str
+) -> None:
+    store, before = ground[0], sorted(run_names(ground[0]))
+    tree = named(ground, f"valid{len(more)}").model_dump(mode="json")
+    tree["data"] |= {"source": f"dataset:{prepare(ground[1].data, store).digest}"}  # whose parts the spec cannot know
+    tree["validation"] |= {"every": 3, **more}
+    with pytest.raises((DatasetError, SpecError), match=says):
+        prepare_run(parse_spec(tree), store)
+    assert sorted(run_names(store)) == before
+    tree["validation"] |= {"source": ground[1].data.source}
+    assert prepare_run(parse_spec(tree), store).run in run_names(store)

@@ -98,7 +98,8 @@ def test_it_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     try:
         wait_for((tmp_path / "pids").exists, "the command")
         pids = [int(word) for word in (tmp_path / "pids").read_text().split()]
-        assert Path(f"/proc/{pids[0]}/task/{pids[0]}/children").read_text().split() == [str(pids[1])]
+        children = Path(f"/proc/{pids[0]}/task/{pids[0]}/children")
+        wait_for(lambda: children.read_text().split() == [str(pids[1])], "the end of mv, and of nothing else")
     finally:
         parent.kill()
         parent.wait()
