@@ -143,8 +143,10 @@ class Hosted:
             driver.driving.page = self.page.where
         outcome = driver.run()
         self._ended = True
-        if self.page is not None and (meanwhile := self.page.awaited):
-            self.say(f"waiting for Prefect, which {meanwhile}, to take the run's end: {self.patience_s:g} s at most")
+        if self.page is not None and self.page.awaited:
+            self.say(
+                f"waiting for Prefect, which has not answered yet, to take the run's end: {self.patience_s:g} s at most"
+            )
         if self.page is not None and not self.page.close(outcome, patience_s=self.patience_s) and not self.page.alone:
             self.say(
                 "Prefect did not take the end of the flow run; the run itself has ended, and the log in the store "

@@ -17,7 +17,7 @@ from flows.hosting import END_PATIENCE_S, Hosted
 from flows.page import Page
 from flows.prefect_api import Client
 from flows.recurring.sweep import SweepRow, pointed_specs, run_points, sweep_table, sweep_words, table_lines
-from trainer.local_launch import ready_folder
+from trainer.local_launch import ready_to_launch
 from trainer.spec import RunSpec
 
 
@@ -43,7 +43,7 @@ def drive_sweep(
     specs = pointed_specs(spec, points)
     stop = stop or threading.Event()
     if any(one.launch.target == "local" for one in specs):
-        ready_folder(out)
+        ready_to_launch(out)
     ready_store(store)
     with data_of(specs[0], store) as data:
         prepare(data, store, say=say, sequence=specs[0].train.sequence)  # once, before several want the same

@@ -5,11 +5,12 @@ library for CUDA lies, and the libraries that this one opens. Nothing is opened 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
-from trainer.errors import LaunchError
+from trainer.errors import LaunchRefused
 
 NAME = "hotstage-engine"
 CUDA_NAME = "libhs_cuda.so"
@@ -18,7 +19,7 @@ CUDA_WHEELS = ("cu13", "nccl")
 
 
 def engine_binary() -> Path:
-    """The engine to run. Raises LaunchError where there is none, saying where it looked.
+    """The engine to run. Raises LaunchRefused where there is none, saying where it looked.
 
     In a source tree the compiled binary lies in the environment that ``make setup`` filled, not beside the sources, so
     the environment's packages are asked too.
@@ -27,14 +28,34 @@ def engine_binary() -> Path:
     if named:
         path = Path(named).absolute()
         if not os.access(path, os.X_OK) or path.is_dir():
-            raise LaunchError(f"HOTSTAGE_ENGINE names {path}, which is no program; unset it or give the engine's path")
+            raise LaunchRefused(
+                f"HOTSTAGE_ENGINE names {path}, which is no program; unset it or give the engine's path"
+            )
         return path
     places = [folder / NAME for folder in _bins()]
     for place in places:
         if os.access(place, os.X_OK):
             return place
     looked = ", ".join(dict.fromkeys(str(place) for place in places))
-    raise LaunchError(f"the engine is not built: no {looked}; run 'make setup', or name it in HOTSTAGE_ENGINE")
+    raise LaunchRefused(f"the engine is not built: no {looked}; run 'make setup', or name it in HOTSTAGE_ENGINE")
+
+
+def ready_engine() -> Path:
+    """The engine, once it has answered. Raises LaunchRefused where it does not run: of another machine, or cut."""
+    engine = engine_binary()
+    try:
+        done = subprocess.run([engine, "version"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as error:
+        why = error.strerror or str(error)
+    else:
+        if done.returncode == 0 and done.stdout:
+            return engine
+        said = done.stderr[:400].decode(errors="replace").strip()
+        why = f"it left with {done.returncode}" + (f": {said}" if said else "")
+    raise LaunchRefused(
+        f"the engine {engine} does not run ({why}): it is of another kind of machine, or damaged; build it again with "
+        "'make setup', or name another in HOTSTAGE_ENGINE"
+    )
 
 
 def _bins() -> list[Path]:

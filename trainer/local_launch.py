@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from trainer import wire
-from trainer.engine_path import cuda_environment, engine_binary
+from trainer.engine_path import cuda_environment, ready_engine
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
@@ -135,9 +135,10 @@ class ProcessMark:
             return None
 
 
-def ready_folder(work_root: Path) -> None:
-    """Make the folder that launches work below. LaunchRefused where it cannot be written, or LaunchError: before hours
-    of other work. What an older launch works in stays as it is."""
+def ready_to_launch(work_root: Path) -> None:
+    """See before hours of other work that the engine runs, and that the folder which launches work below, made here,
+    can be written. LaunchRefused otherwise, or LaunchError."""
+    ready_engine()
     folder = work_root.absolute() / "runs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +195,7 @@ class LocalLauncher:
                 )
         if launch.nodes < 1:
             raise LaunchError(f"a launch of {launch.nodes} nodes; it needs at least 1")
-        engine = self._engine or engine_binary()
+        engine = self._engine or ready_engine()
         folder = self._root / "runs" / launch.run / launch.launch_id
         held = self._claims.where(launch.launch_id, folder) if self._claims is not None else None
         if held is not None:

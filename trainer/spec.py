@@ -232,6 +232,7 @@ def set_key(text: str) -> tuple[str, ...]:
     if not sep or not key.strip():
         raise SpecError(f"--set {text!r}: write it as section.key=value, for example train.seed=2")
     parts = re.findall(r'\s*("[^"]*"|[^.]*)\s*(?:\.|\Z)', key)[:-1] if '"' in key else key.split(".")
+    parts = parts if len(parts) > 1 else parts[0].strip().strip('"').split(".")
     return _full_path(tuple(part.strip().strip('"') for part in parts), text)
 
 
@@ -253,7 +254,10 @@ def _apply_set(tree: dict[str, Any], text: str) -> None:
         node.pop(path[-1], None)
         return
     try:
-        node[path[-1]] = tomllib.loads(f"v = {raw.strip()}")["v"]
+        read = tomllib.loads(f"v = {raw.strip()}")
+        if len(read) > 1:
+            raise SpecError(f"--set {text!r}: more follows the value of one key; give each key a --set of its own")
+        node[path[-1]] = read["v"]
     except ValueError:  # TOMLDecodeError, and a number of thousands of digits
         node[path[-1]] = raw.strip()
     except RecursionError as error:

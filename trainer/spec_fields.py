@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import date, time
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
@@ -69,6 +70,8 @@ def largest_two(number: int) -> int:
 
 def shown(value: Any) -> str:
     """A value as a refusal repeats it: not longer than a line or two."""
+    if isinstance(value, date | time):
+        return f"{value} (a date or time)"
     if isinstance(value, int) and value.bit_length() > 400:
         return f"(a number of {value.bit_length()} bits)"
     try:

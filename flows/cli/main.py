@@ -111,6 +111,12 @@ class _Lazy(click.Group):
         command: click.Command = getattr(module, name.replace("-", "_") + "_" * keyword.iskeyword(name))
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # of another program: our own output ends as OutputLost
+            raise RuntimeError("a program that this command talks with left in the middle") from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])

@@ -35,7 +35,7 @@ from flows.drive.their_tokenizer import check_tokenizer, tokenizer_of, with_toke
 from flows.drive.weights import weights_of
 from flows.tracking.writers import check_trackers
 from trainer.errors import DatasetError, PlanError, SpecError
-from trainer.local_launch import ready_folder
+from trainer.local_launch import ready_to_launch
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, RunSpec, what_digest, what_map
 
@@ -144,7 +144,7 @@ def prepare_run(
             decay,
         )
     if out is not None and spec.launch.target == "local":
-        ready_folder(out)
+        ready_to_launch(out)
     ready_store(store)
     asked, weights = spec, None
     if spec.model.init is not None:

@@ -179,11 +179,9 @@ class Page:
         self._put("task", (key, name, "COMPLETED", "Completed", message[0], time.time()))
 
     @property
-    def awaited(self) -> str:
-        """Where nothing is on the page yet, and nothing has failed: what Prefect does meanwhile. Else empty."""
-        if self.flow_run is not None or self.failures or self.alone:
-            return ""
-        return "has not answered yet" if self.keeps() else "still starts"
+    def awaited(self) -> bool:
+        """Nothing is on the page yet, and nothing has failed: the server is on its way up, or silent."""
+        return self.flow_run is None and not self.failures and not self.alone
 
     def close(self, outcome: Outcome | None, failed: str = "", patience_s: float = 10.0) -> bool:
         """Tell the end, for at most so long; True where Prefect has all of it. ``failed``: why there is no outcome."""

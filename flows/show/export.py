@@ -4,6 +4,7 @@ engine's own inference: both through the family's mapping, none with a second mo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -26,7 +27,7 @@ from flows.data import load_tokenizer, tokenizer_json
 from flows.drive.run import read_run
 from flows.drive.views import some_steps
 from flows.show.saved import size_words
-from trainer.engine_path import engine_binary
+from trainer.engine_path import ready_engine
 from trainer.errors import LaunchError, SpecError
 from trainer.models import family
 from trainer.models.base import HfTensor, hf_table
@@ -207,7 +208,7 @@ class Inference:
             opened = (file.fileno(), given.file.fileno())
             paths = [f"/proc/self/fd/{number}" for number in opened]
             self._process = subprocess.Popen(
-                [str(engine_binary()), "infer", "--plan", paths[0], "--weights", paths[1], "--threads", str(threads)],
+                [str(ready_engine()), "infer", "--plan", paths[0], "--weights", paths[1], "--threads", str(threads)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -222,7 +223,8 @@ class Inference:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process.stdin:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it died: who asked it was told why
+                self._process.stdin.close()
         self._process.wait(30)
         for stream in (self._process.stdout, self._process.stderr):
             if stream:

@@ -19,7 +19,7 @@ from tests.support.leftover import alive_below, expect_none
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError, LaunchRefused
 from trainer.launch import Launch, LaunchedNode
-from trainer.local_launch import NODE_FOLDER_MOST, LocalLauncher, ProcessMark, _is_full
+from trainer.local_launch import NODE_FOLDER_MOST, LocalLauncher, ProcessMark, _is_full, ready_to_launch
 from trainer.spec import how_map
 
 
@@ -269,8 +269,15 @@ def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert launcher.observe("nothing").state == "absent"
     launcher.stop("nothing", 0)
     monkeypatch.setenv("HOTSTAGE_ENGINE", str(tmp_path / "no-engine"))
-    with pytest.raises(LaunchError, match="HOTSTAGE_ENGINE"):
+    with pytest.raises(LaunchRefused, match="HOTSTAGE_ENGINE"):
         engine_binary()
+    (tmp_path / "no-engine").write_bytes(b"\x7fELF of another machine")
+    (tmp_path / "no-engine").chmod(0o755)
+    with pytest.raises(LaunchRefused, match=r"no-engine does not run \(Exec format error\): it is of another kind"):
+        launcher.ensure(Launch("run", "a", 1, "memory:", tmp_path))
+    monkeypatch.setenv("HOTSTAGE_ENGINE", "/bin/false")
+    with pytest.raises(LaunchRefused, match=r"/bin/false does not run \(it left with 1\)"):
+        ready_to_launch(tmp_path)
 
 
 def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> None:

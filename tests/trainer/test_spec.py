@@ -227,6 +227,9 @@ def test_minus_zero_is_zero() -> None:
         ("train.stepz=3", "did you mean train.steps"),
         ("model.widht=3", "did you mean model.width?"),  # and no key of another meaning
         ("nonsense", "section.key=value"),
+        ("train.steps=3\ntrain.seed=4", "more follows the value of one key"),  # it was passed over
+        ("train.seed=1979-05-27", "train.seed 1979-05-27 (a date or time) is not a whole number"),
+        ('"train.stepz"=3', "did you mean train.steps"),
         ("zzz.qqq=1", "hotstage schema"),
     ],
 )

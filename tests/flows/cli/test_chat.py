@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from checkpoint.store import Store, open_store
+from flows.cli.main import exit_code_of
 from flows.show.talk import Text, generate
 from tests.flows.conftest import Trained
 from tests.support.place import ROOT
@@ -210,3 +211,15 @@ def test_a_temporary_folder_that_is_full_is_named(trained: Trained, store: Store
     assert (
         "do not fit into /dev/shm (File too large): they take 893.4 kB; name another folder with TMPDIR" in done.stderr
     )
+
+
+def test_an_engine_that_is_killed_is_told(
+    trained: Trained, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was told nothing, and the command ended with 1: what was not written to it any more came first."""
+    engine = tmp_path / "engine"
+    engine.write_text("#!/bin/sh\n[ $1 = version ] && echo 1 && exit\nexec <&-\necho no room >&2\nkill -9 $$\n")
+    engine.chmod(0o755)
+    monkeypatch.setenv("HOTSTAGE_ENGINE", str(engine))
+    code = exit_code_of(["generate", trained.run, "--prompt", "x", "--store", store.url])
+    assert (code, capsys.readouterr().err) == (75, "hotstage: the engine left during inference with -9: no room\n")

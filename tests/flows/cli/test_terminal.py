@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -198,6 +199,19 @@ def test_ctrl_backslash_leaves_and_says_what_goes_on(driving: bool, told: str) -
     assert done.returncode == 128 + signal.SIGQUIT, done.stderr
     assert done.stderr.startswith("left by Ctrl-\\ (SIGQUIT): ")
     assert told in done.stderr
+
+
+def test_a_program_that_leaves_is_no_reader_that_has_gone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """click ends with 1 then, without a word."""
+
+    def asks(_value: Any) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("flows.cli.spec.show", asks)
+    assert exit_code_of(["schema"]) == 70
+    assert "left in the middle" in capsys.readouterr().err
 
 
 def test_a_umask_keeps_from_others_and_not_from_oneself() -> None:
