@@ -88,7 +88,8 @@ def test_a_corpus_of_ten_times_the_cache_gives_the_same_bits_whoever_is_killed(t
 
 
 def test_data_that_does_not_come_is_lost_in_the_end_and_damaged_data_refused(tmp_path: Path) -> None:
-    run, spec, plan, dataset = made(tmp_path, CACHED, "launch.stall_s=2.0")
+    # so many steps that the rank is never at its end, where it waits for its agent, when that is stopped
+    run, spec, plan, dataset = made(tmp_path, CACHED, "launch.stall_s=2.0", "train.steps=4000")
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
         agent = reached(run, tmp_path, 20)["pid"]
