@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -59,9 +60,15 @@ def _check_room(prepared: Prepared) -> None:
         )
 
 
-def _check_validation(prepared: Prepared, store: Store) -> None:
-    """What the validation reads, before the first step: its first look would be at a checkpoint of hours later.
-    DatasetError or SpecError where there is nothing."""
+def _check_evaluations(prepared: Prepared, store: Store, say: Callable[[str], None]) -> None:
+    """What evaluations read and start, before the first step: their first look would be at a checkpoint of hours later.
+    DatasetError or SpecError where there is nothing to validate on; a word on a program that is not there."""
+    for command in prepared.spec.eval:
+        if shutil.which(command.command[0]) is None:
+            say(
+                f"[[eval]] {command.name}: there is no program {command.command[0]!r} in PATH here; install it where "
+                "the run is driven, or its evaluations will fail (they cost the run nothing)"
+            )
     wanted = prepared.spec.validation
     if not wanted.every:
         return
@@ -171,7 +178,7 @@ def prepare_run(
         check_layouts(prepared)
         if store.head(spec_key(run)) is None:
             _check_room(prepared)
-            _check_validation(prepared, store)
+            _check_evaluations(prepared, store, say)
             if not suffix:
                 _tell_left(prepared, store, say)
         if resolved.model.init is None:

@@ -158,4 +158,7 @@ def test_what_is_validated_on_is_looked_for_before_the_first_step(
         prepare_run(parse_spec(tree), store)
     assert sorted(run_names(store)) == before
     tree["validation"] |= {"source": ground[1].data.source}
-    assert prepare_run(parse_spec(tree), store).run in run_names(store)
+    tree["eval"] = [{"name": name, "command": [program, "{model}"]} for name, program in (("x", "sh"), ("y", "n/one"))]
+    said = list[str]()
+    assert prepare_run(parse_spec(tree), store, say=said.append).run in run_names(store)
+    assert [line[:40] for line in said if "[[eval]]" in line] == ["[[eval]] y: there is no program 'n/one' "]
