@@ -107,19 +107,15 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
     An id whose token is an ordinary one is a default of other programs (2 of Llama's), and passed over.
     """
     vocab = vocab_of(tokenizer)
-    for name in ("config.json", "generation_config.json"):
-        for number in end_token_ids(_beside(folder / name)) if (folder / name).is_file() else ():
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab:
-                log.warning(
-                    "%s: eos_token_id %.100r is passed over: the tokenizer's ids are 0 to %d",
-                    folder / name,
-                    number,
-                    vocab - 1,
-                )
-                continue
-            token = tokenizer.id_to_token(number)
-            if token is not None and may_end(tokenizer, token):
-                return token
+    for file, number in _end_ids(folder):
+        if not _is_token(number, vocab):
+            log.warning(
+                "%s: eos_token_id %.100r is passed over: the tokenizer's ids are 0 to %d", file, number, vocab - 1
+            )
+            continue
+        token = tokenizer.id_to_token(number)
+        if token is not None and may_end(tokenizer, token):
+            return token
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         said = _beside(folder / name).get("eos_token") if (folder / name).is_file() else None
         token = said.get("content") if isinstance(said, Mapping) else said
@@ -128,6 +124,25 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
         if said is not None:
             log.warning("%s: eos_token %.100r is passed over: the tokenizer has no such token", folder / name, said)
     return None
+
+
+def further_ends(folder: Path, tokenizer: Tokenizer, end: str | None) -> list[str]:
+    """The tokens beside ``end`` at which the folder's files have a text end, such as an answer in a talk."""
+    vocab = vocab_of(tokenizer)
+    numbers = [number for _, number in _end_ids(folder) if _is_token(number, vocab)]
+    tokens = dict.fromkeys(tokenizer.id_to_token(number) for number in numbers)
+    return [token for token in tokens if token not in (None, end) and may_end(tokenizer, token)]
+
+
+def _end_ids(folder: Path) -> Iterator[tuple[Path, Any]]:
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            for number in end_token_ids(_beside(folder / name)):
+                yield folder / name, number
+
+
+def _is_token(number: Any, vocab: int) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < vocab
 
 
 def _beside(file: Path) -> dict[str, Any]:

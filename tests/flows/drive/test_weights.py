@@ -339,6 +339,22 @@ def test_an_end_token_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
         assert told in said
 
 
+def test_further_tokens_that_end_a_text_are_told(tmp_path: Path) -> None:
+    """As chats of Llama 3 have them: a text ends with one, an answer with another."""
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["added_tokens"].append({**tree["added_tokens"][0], "content": "!", "id": tree["model"]["vocab"]["!"]})
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    config = json.loads((folder / "config.json").read_text())
+    ends = {"eos_token_id": [config["eos_token_id"], tree["model"]["vocab"]["!"], 2, 10**9]}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    words = ["import", str(folder), "--store", f"file://{tmp_path}/store", "-o", str(tmp_path / "x.toml")]
+    code, said = called(words)
+    assert code == 0, said
+    assert "a text ends with <|end|>" in said
+    assert "its files name ! too, at which nothing stops here" in said
+
+
 def test_a_tokenizer_of_another_model_is_refused(imported: Imported, tmp_path: Path) -> None:
     """Also where nobody names one and the data has its own."""
     case = imported("gpt2-untied-f32")
