@@ -12,6 +12,7 @@ import glob
 import os
 import re
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from checkpoint.errors import NotFound, StoreError
@@ -31,16 +32,14 @@ def is_object(name: str) -> bool:
 def look_at_objects(source: str) -> list[Entry]:
     """The objects of ``kind:s3://bucket/PATTERN``, in byte order of their names."""
     kind, _, address = source.partition(":")
-    path, question, query = address.partition("?")
-    if question and "=" not in query:  # it is of the pattern
-        path, query = address, ""
+    path, query = _cut(address)
     bucket, _, pattern = path.removeprefix(_SCHEME).partition("/")
     fixed = pattern[: m.start()] if (m := re.search(r"[*?[]", pattern)) else pattern
-    matches = re.compile(_translated(pattern)).match
+    parts = pattern.split("/")
     found, seen = [], 0
     for row in _reading(_address(bucket, query), lambda store: list(_foreign().objects(store, fixed)), source):
         seen += 1
-        if row["Key"].endswith("/") or matches(row["Key"]) is None:
+        if row["Key"].endswith("/") or not _fits(row["Key"].split("/"), parts):
             continue
         found.append(Entry(_name(bucket, row["Key"], query), int(row["Size"]), str(row["ETag"])))
     if not found:
@@ -53,15 +52,24 @@ def look_at_objects(source: str) -> list[Entry]:
     return found
 
 
-def _translated(pattern: str) -> str:
-    """As a pattern of files: ``*`` and ``?`` stay inside a name, ``**`` crosses folders."""
-    parts = []
-    for part in pattern.split("/"):
-        if part == "**":
-            parts.append("(?:[^/]+/)*")
-        else:
-            parts.append(fnmatch.translate(part).replace(".*", "[^/]*").removeprefix("(?s:").removesuffix(r")\Z") + "/")
-    return "".join(parts).removesuffix("/") + r"\Z"
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether an object's name fits a pattern, both cut at their slashes. As of files: ``*`` and ``?`` stay inside a
+    name, ``**`` crosses folders, and a name that begins with a dot only fits a part that does."""
+    if not parts:
+        return not names
+    if parts[0] == "**" and _fits(names, parts[1:]):
+        return True
+    if not names or (names[0].startswith(".") and not parts[0].startswith(".")):
+        return False
+    if parts[0] == "**":
+        return _fits(names[1:], parts)
+    return fnmatch.fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])
+
+
+def _cut(address: str) -> tuple[str, str]:
+    """A pattern or a name, and the options behind its last question mark; each other one is of the pattern."""
+    path, question, query = address.rpartition("?")
+    return (path, query) if question and "=" in query else (address, "")
 
 
 def _name(bucket: str, key: str, query: str) -> str:
@@ -102,9 +110,7 @@ def _store(address: str) -> Any:
 
 
 def open_object(entry: Entry) -> _Object:
-    path, question, query = entry.name.removeprefix(_SCHEME).rpartition("?")
-    if not question or "=" not in query:
-        path, query = entry.name.removeprefix(_SCHEME), ""
+    path, query = _cut(entry.name.removeprefix(_SCHEME))
     bucket, _, key = path.partition("/")
     return _Object(entry, _address(bucket, query), key)
 

@@ -42,12 +42,17 @@ def test_a_corpus_in_a_bucket(bucket: Callable[..., str], here: Path, small: Cal
         **{
             "a b/ü [1].jsonl": lines(TEXTS[:9]),
             "a b/ü [2].jsonl.gz": gzip.compress(lines(TEXTS[9:20])),
+            "a b/.checkpoints/x.jsonl": b"no text",
+            "a b/.ü [1].jsonl": b"no text",
             "t.parquet": Path("c/t.parquet").read_bytes(),
         },
     )
     assert texts("jsonl:" + where.replace("**/*", "**/*.jsonl*")) == TEXTS[:20]
     assert texts("jsonl:" + where.replace("**/*", "a b/ü [[]1].jsonl")) == TEXTS[:9]
+    assert texts("jsonl:" + where.replace("**/*", "a b/**")) == TEXTS[:20], "names that begin with a dot are left out"
     assert texts("parquet:" + where.replace("**/*", "*.parquet")) == TEXTS[20:]
+    with pytest.raises(DatasetError, match="matches no object"):
+        texts("jsonl:" + where.replace("**/*", "a b?ü [[]1].jsonl"))
     Path("c/a.jsonl").write_bytes(lines(TEXTS[:20]))
     want = prepare(spec_of("jsonl:c/a.jsonl"), open_store("memory:"))
     small(300)
@@ -56,7 +61,7 @@ def test_a_corpus_in_a_bucket(bucket: Callable[..., str], here: Path, small: Cal
     assert prepare(spec, store) == want
     assert len(list(store.list("data/seen/"))) == 1  # an ETag is of the content
     assert prepare(spec, store) == want
-    with pytest.raises(DatasetError, match=r"matches no object: 3 begin with .* and none of them fits"):
+    with pytest.raises(DatasetError, match=r"matches no object: 5 begin with .* and none of them fits"):
         texts("jsonl:" + where.replace("**/*", "*.txt"))
 
 
