@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import re
+import resource
 import secrets
 import signal
 import subprocess
@@ -139,6 +140,12 @@ def ready_to_launch(work_root: Path) -> None:
     """See before hours of other work that the engine runs, and that the folder which launches work below, made here,
     can be written. LaunchRefused otherwise, or LaunchError."""
     ready_engine()
+    if (most := resource.getrlimit(resource.RLIMIT_CPU)[0]) != resource.RLIM_INFINITY:
+        log.warning(
+            "each process here is killed after %d s of processor time (ulimit -t), ranks and this command too: raise "
+            "it, or train where there is no such limit",
+            most,
+        )
     folder = work_root.absolute() / "runs"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import logging
 import os
+import resource
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -136,6 +137,8 @@ def part_manifest(store: Store, part: DataPart, kept: Path | None = None) -> Dat
 
 def room_words(error: OSError, folder: Path) -> str:
     """A failure to write below ``folder``, in words; where that is full, with its size and the mend."""
+    if error.errno == errno.EFBIG and (most := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
+        return f"{error}: files of this process have {most} bytes at most; raise the limit (ulimit -f unlimited)"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return str(error)
     room = os.statvfs(folder)

@@ -29,6 +29,7 @@ T = TypeVar("T")
 EXIT_STOPPED = 85
 SECOND_S = 1.0
 _LOOK_S = 0.1
+_SHOW_CURSOR = b"\x1b[?25h"
 _STOPPING = "stopping: the gang saves one agreed step and leaves"
 _DETACHING = "detaching: the gang trains on {where}"
 _ENDS_COMMAND = {signal.SIGHUP: "the terminal closed", signal.SIGQUIT: "left by Ctrl-\\ (SIGQUIT)"}
@@ -52,6 +53,8 @@ class Signals:
         self._asked: list[int] = []
         for number in heard():
             signal.signal(number, self._on_signal)
+        if sys.stdout.isatty():
+            signal.signal(signal.SIGTSTP, _pause)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._asked.append(number)
@@ -132,6 +135,15 @@ def heard() -> tuple[int, ...]:
     """What ends a command that works for long; of ``_ENDS_COMMAND`` not what its starter has ignored."""
     taken = (number for number in _ENDS_COMMAND if signal.getsignal(number) is not signal.SIG_IGN)
     return (signal.SIGINT, signal.SIGTERM, *taken)
+
+
+def _pause(_number: int, _frame: Any) -> None:
+    """Ctrl-Z: the shell that comes to the front has the cursor that a live view hides."""
+    with contextlib.suppress(OSError):
+        os.write(1, _SHOW_CURSOR)
+    signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTSTP)  # of this thread: what follows is done after `fg`
+    signal.signal(signal.SIGTSTP, _pause)
 
 
 def stopped_by_signals(stop: threading.Event, *, twice: bool = False) -> None:

@@ -61,7 +61,7 @@ def recoveries(attempts: Sequence[AttemptInfo], rows: Mapping[int, AttemptRow]) 
         if (row := rows.get(attempt.epoch)) is None:
             continue
         if last is not None and attempt.body.get("cause"):
-            found[attempt.epoch] = row.first.time - last
+            found[attempt.epoch] = max(0.0, row.first.time - last)
         last = row.last.time
     return found
 

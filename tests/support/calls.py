@@ -18,7 +18,7 @@ from flows.cli.signals import heard
 @contextmanager
 def signals_kept() -> Iterator[None]:
     """A command that trains has its process ignore Ctrl-C once it is through."""
-    handlers = {number: signal.getsignal(number) for number in heard()}
+    handlers = {number: signal.getsignal(number) for number in (*heard(), signal.SIGTSTP)}
     try:
         yield
     finally:

@@ -280,6 +280,17 @@ def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ready_to_launch(tmp_path)
 
 
+def test_a_limit_of_processor_time_is_told_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It kills ranks and their driver, which is a loss without a cause then."""
+    limits = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (1 << 30, limits[1]))
+    try:
+        ready_to_launch(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CPU, limits)
+    assert "killed after 1073741824 s of processor time (ulimit -t)" in caplog.text
+
+
 def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> None:
     launcher = LocalLauncher(tmp_path / "out", engine=Path("/bin/false"))
     launch = Launch("tiny-0", "a", 1, "s3://", tmp_path / "out")  # no bucket: the agent refuses it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
 import struct
 from pathlib import Path
@@ -146,6 +147,13 @@ def test_words_of_a_full_folder(tmp_path: Path) -> None:
     assert f"{tmp_path} has too little room, " in words
     assert f"of its {size} MiB are free" in words
     assert "sizeLimit of its volume `work`" in words
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 40, limits[1]))
+    try:
+        words = room_words(OSError(errno.EFBIG, "File too large"), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "have 1099511627776 bytes at most; raise the limit (ulimit -f unlimited)" in words
     assert room_words(OSError(errno.EACCES, "Permission denied"), tmp_path) == "[Errno 13] Permission denied"
 
 

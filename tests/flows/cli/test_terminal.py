@@ -201,6 +201,36 @@ def test_ctrl_backslash_leaves_and_says_what_goes_on(driving: bool, told: str) -
     assert told in done.stderr
 
 
+PAUSES = """
+import os, signal, threading
+from flows.cli.signals import Signals
+signals = Signals()
+
+def work():
+    signals.driving(detaches=False)
+    os.kill(os.getpid(), signal.SIGTSTP)
+    threading.Event().wait()
+
+signals.run(work)
+"""
+
+
+def test_ctrl_z_gives_the_shell_its_cursor() -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", PAUSES], cwd=ROOT, stdout=theirs, process_group=0)
+    try:
+        os.close(theirs)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        assert os.read(ours, 100) == b"\x1b[?25h"
+        process.send_signal(signal.SIGQUIT)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 128 + signal.SIGQUIT
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
 def test_a_program_that_leaves_is_no_reader_that_has_gone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

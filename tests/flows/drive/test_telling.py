@@ -104,7 +104,8 @@ def test_lines_that_an_order_has_left_are_not_told() -> None:
     rows = {1: AttemptRow(points[3], points[9], 0, 1), 4: AttemptRow(points[5], points[5], 0, 1)}
     assert [fact.lost_steps for fact in attempt_facts(state, rows)] == [0, 0]
     state = log.append("attempt", attempt_body(2, 4, order=3) | {"cause": {"text": "rank 1 was killed"}}, state)
-    rows[5] = AttemptRow(points[5], points[5], 0, 1)
+    late = Point(5, 5, -9.0, 2.0, 1.0, 1.0, 1.0)  # by a clock that was set back meanwhile
+    rows[5] = AttemptRow(late, late, 0, 1)
     facts = attempt_facts(state, rows)
     assert [fact.lost_steps for fact in facts] == [0, 0, 1]
     assert [fact.recovery_s for fact in facts] == [None, None, 0.0]  # an order's time to come is no recovery
