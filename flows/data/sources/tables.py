@@ -290,12 +290,15 @@ class HubSource:
         for field, key in ((self._field, "data.field"), (self._prompt, "data.prompt_field")):
             if field is None:
                 continue
+            texts = [name for name in names if _kind_of(table, name) in _TEXTS]
             if field not in names:
-                texts = [n for n in names if getattr(table.features[n], "dtype", "") in ("string", "large_string")]
                 raise DatasetError(_no_column(f"data.source {self._source!r}", field, names, texts, key))
-            kind = getattr(table.features[field], "dtype", type(table.features[field]).__name__)
-            if kind not in ("string", "large_string"):
-                raise DatasetError(f"data.source {self._source!r}: its column {field!r} is of type {kind}, not of text")
+            if field not in texts:
+                mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else "; write its texts as one"
+                raise DatasetError(
+                    f"data.source {self._source!r}: its column {field!r} is of type {_kind_of(table, field)}, not of "
+                    f"text{mend}"
+                )
         if not len(table):
             raise DatasetError(f"data.source {self._source!r} has no rows; the corpus is empty")
         size = sum(int(file["size"]) for file in _files(table)) or len(table) * 1024
@@ -321,6 +324,15 @@ class HubSource:
             yield from _rows(batch, self._field, self._prompt, self._source, at, borne)
 
 
+_TEXTS = ("string", "large_string", "string_view")
+
+
+def _kind_of(table: Any, name: str) -> str:
+    """The type of a column, as the library calls it."""
+    feature = table.features[name]
+    return str(getattr(feature, "dtype", type(feature).__name__))
+
+
 def _files(table: Any) -> list[dict[str, Any]]:
     """Its Arrow files, with their sizes."""
     return [{"size": os.path.getsize(f["filename"])} for f in table.cache_files if os.path.exists(f["filename"])]
@@ -332,8 +344,9 @@ def _by_datasets(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its own, its file systems', its downloads', of columns that it unpacks: dozens
-        why = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise DatasetError(f"{what} by datasets: {why}") from error
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        mend = "; name one of them, hf:…?name=…" if why.startswith("Config name is missing") else ""
+        raise DatasetError(f"{what} by datasets: {why}{mend}") from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -271,6 +271,21 @@ def test_hugging_face_datasets(here: Path, small: Callable[[int], None]) -> None
             texts(source, field="content")
     with pytest.raises(DatasetError, match="has no column 'text'; its columns are 'content', 'language'"):
         texts("hf:c/one")
+    views = pyarrow.table({"content": pyarrow.array(TEXTS, pyarrow.string_view()), "text": pyarrow.array([b"x"] * 30)})
+    datasets.Dataset(views).save_to_disk("c/views")
+    assert texts("hf:c/views", field="content") == TEXTS
+    with pytest.raises(
+        DatasetError, match=r"'text' is of type binary, not of text; columns of text are content \(data"
+    ):
+        texts("hf:c/views")
+    for name in ("train", "test"):
+        Path("c/many").mkdir(exist_ok=True)
+        Path(f"c/many/{name}.jsonl").write_bytes(lines(TEXTS))
+    Path("c/many/README.md").write_text(
+        "---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n- config_name: b\n  data_files: test.jsonl\n---\n"
+    )
+    with pytest.raises(DatasetError, match=r"\['a', 'b'\].*; name one of them, hf:…\?name=…"):
+        texts("hf:c/many")
     with pytest.raises(SpecError, match="unknown option 'splits'"):
         texts("hf:c/one?splits=x")
     with pytest.raises(SpecError, match="what save_to_disk wrote has no revision; leave that out"):
