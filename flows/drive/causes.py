@@ -9,6 +9,12 @@ from flows.drive.views import AttemptView, Cause, NodeView, Policy, RankView
 from trainer.failures import CAUSAL, FAILURES, Failure, from_elsewhere, of_code, of_signal, of_xid, xid_text
 from trainer.wire import EXITS
 
+NO_WAY = (
+    "where ranks never reach each other something between their machines takes the messages (a firewall; on a cluster "
+    "a NetworkPolicy or a mesh): let their ports through, launch.port_base and on, of pods 7400 to 7655 where that is "
+    "unset (k8s/base/network.yaml)"
+)
+
 
 def rank_class(rank: RankView) -> Failure:
     """The class of an ended rank. One that its own supervisor killed was lost with a peer: never a cause."""
@@ -53,10 +59,12 @@ def diagnose(ranks: Sequence[RankView], node_bytes: int = 0) -> Cause | None:
     # the earliest step at equal class: a rank that fails drags the others on
     first = min(ended, key=lambda r: (CAUSAL[rank_class(r)], r.step, r.rank))
     cls = rank_class(first)
+    # once it has met its peers a rank's last words say what it did, and whom it waited for (executor.h)
+    apart = cls is Failure.STALL and first.words is not None and not {"action", "peer"} & first.words.keys()
     return Cause(
         cls,
         _describe(first, node_bytes),
-        FAILURES[cls].mend,
+        NO_WAY if apart else FAILURES[cls].mend,
         first.rank,
         max((r.step for r in ranks), default=-1),
         first.words,

@@ -343,8 +343,8 @@ class Driver:
                 self._teller.tell("damaged", checkpoint=checkpoint, why=why)
             case OwnOrder():
                 self._log.append("intervention", own_order(state, decision), state)
-            case End(outcome, reason, cause):
-                text = short(f"{cause.cls}: {reason}" if cause else reason, 4000)
+            case End(outcome, _, cause):
+                text = short(decision.said(self.prepared.run), 4000)
                 self._log.append("ended", ended_body(state, outcome, text, str(cause.cls) if cause else ""), state)
         return None
 

@@ -16,7 +16,7 @@ from typing import Any, overload
 from checkpoint.amendments import NONE, Amendments
 from checkpoint.codec import short
 from flows.drive.health import Symptom
-from trainer.failures import Failure, of_code
+from trainer.failures import FAILURES, Failure, of_code
 from trainer.spec_layouts import layout_words
 
 
@@ -394,6 +394,15 @@ class End:
     outcome: str
     reason: str
     cause: Cause | None = None
+
+    def said(self, run: str) -> str:
+        """What the record says: the reason, and the cause's mend where it says more than its class does, which whoever
+        tells of the end adds by himself.
+        """
+        if self.cause is None:
+            return self.reason
+        own = self.cause.mend if self.cause.mend != FAILURES[self.cause.cls].mend else ""
+        return f"{self.cause.cls}: {self.reason}" + (f"; {own.replace('RUN', run)}" if own else "")
 
 
 @dataclass(frozen=True)

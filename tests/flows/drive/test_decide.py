@@ -12,6 +12,7 @@ from flows.drive.decide import judge as decide
 from flows.drive.history import avoided
 from flows.drive.views import (
     AttemptView,
+    Cause,
     CheckpointView,
     End,
     Finished,
@@ -26,6 +27,7 @@ from flows.drive.views import (
     Watch,
 )
 from tests.flows.drive.decisions import LOST, POLICY, attempt, ended, log, nodes_of, running, started
+from trainer.failures import FAILURES, Failure
 from trainer.wire import EXITS
 
 
@@ -115,6 +117,31 @@ def test_a_rank_that_the_kernel_killed_for_memory_starts_again_in_place_once() -
     again = decide(log(attempt(), attempt(2, cause=decision.cause.to_map())), nodes_of(2, nodes), policy)
     assert isinstance(again, End)
     assert (again.outcome, again.cause and again.cause.cls) == ("gave_up", "memory")
+
+
+def test_ranks_that_never_meet_are_told_of_what_may_lie_between_them() -> None:
+    """A NetworkPolicy that denies all: eight attempts said that no rank took a channel, and nothing to do about it."""
+    why = {"why": "the gang is not complete after 4000 ms: rank 1 does not take channel 2; last: no answer to connect"}
+    cause = diagnose([RankView(0, code=86, words=why), RankView(1, signal=9, killed=True)])
+    assert cause is not None
+    assert "a NetworkPolicy or a mesh" in cause.mend
+    for ranks in (
+        [RankView(0, code=86, words={**why, "action": 3, "peer": 1})],  # it waits for a message
+        [RankView(0, code=86)],
+        [RankView(0, code=75, words=why)],
+    ):
+        met = diagnose(ranks)
+        assert met is not None
+        assert met.mend == FAILURES[met.cls].mend
+
+
+def test_the_end_of_a_run_that_gave_up_says_its_cause_s_own_mend() -> None:
+    """That of a class is said by whoever tells of the end; what a cluster's diagnosis said reached nobody."""
+    own = Cause(Failure.CONFIG, "pod x cannot start", "correct launch.image (`hotstage logs RUN`)")
+    assert End("gave_up", "8 times", own).said("a-1") == "config: 8 times; correct launch.image (`hotstage logs a-1`)"
+    general = replace(own, mend=FAILURES[Failure.CONFIG].mend)
+    assert End("gave_up", "8 times", general).said("a-1") == "config: 8 times"
+    assert End("succeeded", "step 3 is saved").said("a-1") == "step 3 is saved"
 
 
 def test_killed_for_memory_where_nothing_limits_the_container() -> None:
