@@ -9,6 +9,8 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from types import TracebackType
 from typing import Literal
 
@@ -24,11 +26,12 @@ from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
 from flows.data import load_tokenizer, tokenizer_json
+from flows.data.tokenizer import of_library
 from flows.drive.run import read_run
 from flows.drive.views import some_steps
 from flows.show.saved import size_words
 from trainer.engine_path import ready_engine
-from trainer.errors import LaunchError, SpecError
+from trainer.errors import DatasetError, LaunchError, SpecError
 from trainer.models import family
 from trainer.models.base import HfTensor, hf_table
 from trainer.plan import compile_plan
@@ -118,8 +121,13 @@ def opening(model: ModelSpec, tokenizer: Tokenizer) -> list[int]:
     What is trained here from nothing has never seen any."""
     if model.init is None:
         return []
-    bare, whole = (list(tokenizer.encode("a", add_special_tokens=special).ids) for special in (False, True))
-    return next((whole[:n] for n in range(len(whole)) if bare and whole[n : n + len(bare)] == bare), [])
+    known = (tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size()))
+    for text in chain("a", known):  # one that this tokenizer can encode
+        with suppress(DatasetError), of_library("", ""):
+            bare, whole = (list(tokenizer.encode(text, add_special_tokens=special).ids) for special in (False, True))
+            if bare:
+                return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+    return []
 
 
 def _tokenizer_config(tokenizer: Tokenizer, begin: int | None, end: int | None, context: int) -> dict[str, object]:

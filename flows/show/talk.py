@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from checkpoint.store import Store
 from flows.data import load_tokenizer, unseen
+from flows.data.tokenizer import of_library
 from flows.show.export import Inference, Masters, opening
 from trainer.errors import SpecError
 
@@ -88,7 +89,8 @@ class Text:
             raise SpecError(
                 "the prompt is not text in UTF-8; write it in the terminal's encoding, or set LC_ALL=C.UTF-8"
             )
-        said = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        with of_library("the tokenizer of the model cannot encode this text", "write it in characters that it knows"):
+            said = list(self.tokenizer.encode(text, add_special_tokens=False).ids)
         begins = said[: len(self._opening)] == self._opening  # a prompt as it stands in the data may have it already
         self.ids += said if self.ids or begins else self._opening + said
         self._tell_unseen(text)

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from checkpoint.export_to import Folder
 from checkpoint.read import StateReader
 from checkpoint.store import Store, open_store
 from flows.data import load_dataset, load_tokenizer
-from flows.drive.run import load_what
-from flows.show.export import Inference, _hf_data, checkpoint_at, export_hf
-from flows.show.talk import generate, pick
+from flows.drive.run import load_run, load_what
+from flows.show.export import Inference, _hf_data, checkpoint_at, export_hf, opening
+from flows.show.talk import Text, generate, pick
 from tests.flows.conftest import Trained
 from tests.reference.model import Config, Model
 from tests.support.place import TEXT, Place
-from trainer.errors import SpecError
+from trainer.errors import DatasetError, SpecError
 from trainer.models import family
 from trainer.models.base import HfTensor, hf_table
 from trainer.spec import ModelSpec
@@ -140,6 +140,20 @@ def test_generate_stops_at_the_end_token(trained: Trained, store: Store, monkeyp
 def test_a_prompt_that_is_no_text(trained: Trained, store: Store) -> None:
     with pytest.raises(SpecError, match="not text in UTF-8"):
         generate(store, trained.run, "caf\udce9")
+
+
+def test_a_tokenizer_that_knows_few_characters(trained: Trained, store: Store) -> None:
+    """Of DNA, say, without a token for what it does not know: what a text begins with is asked of its own tokens."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "A": 2, "C": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 0)])
+    model = load_run(store, trained.run).spec.model
+    assert opening(model.model_copy(update={"init": "weights:0"}), tokenizer) == [0]
+    with Text(store, trained.run) as text:
+        text.tokenizer = tokenizer
+        with pytest.raises(DatasetError, match=r"the tokenizer of the model cannot encode this text: .*Missing"):
+            text.say("hello")
 
 
 def test_a_prompt_that_is_longer_than_a_sequence_is_told(
