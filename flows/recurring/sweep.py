@@ -22,7 +22,7 @@ from flows.drive.events import Outcome
 from flows.drive.line import ordered_back
 from flows.drive.live import on_line, read_curve
 from trainer.errors import SpecError, TrainerError
-from trainer.spec import RunSpec, parse_spec
+from trainer.spec import RunSpec, parse_spec, set_key
 
 MOST_POINTS = 1000
 MAX_LIST_BYTES = 1 << 20
@@ -98,7 +98,7 @@ def listed_points(path: Path) -> list[tuple[str, ...]]:
             data = file.read(MAX_LIST_BYTES + 1)
         if len(data) > MAX_LIST_BYTES:
             raise SpecError(f"--list {path} is larger than {MAX_LIST_BYTES} bytes; it has a line of settings a point")
-        lines = data.decode("utf-8").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()  # editors of Windows begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise SpecError(f"--list {path} cannot be read: {why}; it has a line of KEY=VALUE settings a point") from error
@@ -109,7 +109,14 @@ def listed_points(path: Path) -> list[tuple[str, ...]]:
         except ValueError as error:
             raise SpecError(f"--list {path}, line {number}: {error}; close the quotes") from error
         if words and not all("=" in word for word in words):
-            raise SpecError(f"--list {path}, line {number}: {line.strip()!r} is no list of KEY=VALUE settings")
+            raise SpecError(
+                f"--list {path}, line {number}: {line.strip()!r} is no list of KEY=VALUE settings; write it as "
+                "train.seed=1 train.optimizer.lr=1e-3, with blanks between settings and none around ="
+            )
+        keys = [set_key(word) for word in words]
+        twice = next((".".join(key) for key in keys if keys.count(key) > 1), "")
+        if twice:
+            raise SpecError(f"--list {path}, line {number} sets {twice} twice; leave one of the two out")
         if words:
             points.append(words)
     return points

@@ -37,7 +37,16 @@ def test_a_list_has_a_line_a_point(tmp_path: Path) -> None:
     path = tmp_path / "points.txt"
     path.write_text("# rates\n\ntrain.seed=1 train.optimizer.lr=1e-3  # small\nname=\"'b'\"\n")
     assert listed_points(path) == [("train.seed=1", "train.optimizer.lr=1e-3"), ("name='b'",)]
-    for text, words in (("train.seed", "line 1: 'train.seed' is no list"), ("a='", "close the quotes")):
+    path.write_bytes(b"\xef\xbb\xbftrain.seed=1\r\ntrain.seed=2\r\n")  # as Windows writes it
+    assert listed_points(path) == [("train.seed=1",), ("train.seed=2",)]
+    for text, words in (
+        ("train.seed", "line 1: 'train.seed' is no list of .* write it as train.seed=1 "),
+        ("a='", "close the quotes"),
+        (
+            "train.seed=1\ntrain.optimizer.lr=1 lr=2",
+            r"line 2 sets train\.optimizer\.lr twice; leave one of the two out",
+        ),
+    ):
         path.write_text(text)
         with pytest.raises(SpecError, match=words):
             listed_points(path)
