@@ -211,12 +211,14 @@ out_option = click.option(
 
 
 def write_out(path: Path, text: str) -> None:
-    """A file that the user named; its folder is made where it is missing."""
+    """A file that the user named, whole or as it was; its folder is made where it is missing."""
     from trainer.errors import OutputError
+    from trainer.wire.files import kept_where
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        with kept_where(path) as file:
+            file.write(text.encode())
     except OSError as error:
         raise OutputError(path, error) from error
 

@@ -29,6 +29,7 @@ from flows.drive.live import SEGMENT_CAP, STATUS_CAP, read_output
 from flows.show.facts import details
 from trainer.cores import usable_cpus
 from trainer.errors import LaunchError, OutputError, TrainerError
+from trainer.wire.files import kept_where
 
 REDACTED = "[struck out]"
 METRICS_SEGMENTS, EPOCHS = 20, 8
@@ -76,7 +77,7 @@ def _write(
 ) -> None:
     problems: list[str] = []
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as archive:
+    with kept_where(path) as out, tarfile.open(fileobj=out, mode="w:gz") as archive:
 
         def add(name: str, data: bytes) -> None:
             data = redacted(data)

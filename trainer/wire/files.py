@@ -25,6 +25,17 @@ def kept(path: Path, *, mode: int = 0o666, durable: bool = False) -> Iterator[IO
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def kept_where(path: Path) -> Iterator[IO[bytes]]:
+    """As `kept`, under a name that a person gave: of a link its end is replaced, a device or a pipe is written to."""
+    if str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+        with open(path, "wb") as file:
+            yield file
+    else:
+        with kept(Path(os.path.realpath(path))) as file:
+            yield file
+
+
 class Together:
     """Files of a folder that get their names at once, when all are written: what fails before leaves those as they are
     that have these names. OSError from all of it."""

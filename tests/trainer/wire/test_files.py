@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.wire.files import create_file, kept, write_file
+from trainer.wire.files import create_file, kept, kept_where, write_file
 
 
 def test_a_file_is_replaced_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -73,3 +73,28 @@ def test_a_file_that_is_there_needs_no_room(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["launch.json"]
     assert (tmp_path / "launch.json").read_bytes() == b"first"
+
+
+def test_a_name_that_a_person_gave_is_written_whole_and_devices_and_pipes_as_they_are(tmp_path: Path) -> None:
+    """A report on a full disk left its first 8 kB in place of the good one."""
+    report, link = tmp_path / "report", tmp_path / "link"
+    report.write_bytes(b"old")
+    link.symlink_to(report)
+
+    def half_written() -> None:
+        with kept_where(link) as file:
+            file.write(b"half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        half_written()
+    assert (report.read_bytes(), sorted(tmp_path.iterdir())) == (b"old", [link, report])
+    with kept_where(link) as file:
+        file.write(b"new")
+    assert (report.read_bytes(), link.is_symlink()) == (b"new", True)
+    reader, writer = os.pipe()
+    with kept_where(Path(f"/dev/fd/{writer}")) as file:
+        file.write(b"piped")
+    os.close(writer)
+    with open(reader, "rb") as end:
+        assert end.read() == b"piped"
