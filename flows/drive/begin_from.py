@@ -90,8 +90,7 @@ def import_run(store: Store, folder: Path, spec: RunSpec, *, say: Say = lambda _
     check_layouts(child)
     check_beginning(store, child.run)
     parent = hold(store, weights, resolved.model, tokenizer, dataset.eot, spec.name, say=say)
-    create_run(child, store)
-    _fork(store, child.run, parent)
+    create_run(child, store, lambda: _fork(store, child.run, parent))
     return Imported(parent, child.run, weights.digest)
 
 

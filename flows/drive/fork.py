@@ -115,10 +115,10 @@ def begin_child(
     run = run_name(resolved, dataset, suffix)
     forked = Prepared(run, resolved, dataset, what, compile_plan(resolved, dataset, what), schedule)
     check_layouts(forked)
-    create_run(forked, store)
     same_data = dataset.digest == parent.what["data"]["digest"]
     kept = _kept(state.amendments, resolved, theirs, same_data=same_data)
-    begin_at(store, run, RunLog(store, parent.run, writer="user"), state, found, kept)
+    log = RunLog(store, parent.run, writer="user")
+    create_run(forked, store, lambda: begin_at(store, run, log, state, found, kept))
     return forked
 
 

@@ -139,8 +139,10 @@ class NoBoard:
         yield lambda _: None
 
 
-def create_run(prepared: Prepared, store: Store) -> None:
+def create_run(prepared: Prepared, store: Store, begins: Callable[[], None] | None = None) -> None:
     """The objects by which a run is known, created where they are not there: its What, its plan, its place in the list.
+    ``begins``: writes the record by which the log of a fork begins. A run is listed after that: whoever resumed one
+    whose fork was killed in between would train it from its start.
 
     Raises SpecError where another run has this name, Damaged where its What cannot be read, PlanError where its plan is
     there and damaged, OtherVersion.
@@ -151,6 +153,8 @@ def create_run(prepared: Prepared, store: Store) -> None:
         load_what(store, run)  # refuses a damaged one as that
         raise SpecError(f"run {run} is there already, and trains something else; choose another name (--set name=…)")
     publish_plan(store, run, prepared.plan)
+    if begins is not None:
+        begins()
     entry = {"v": 1, "run": run, "name": spec.name, "owner": who(), "packing": spec.data.packing}
     store.create(index_key(run), pack(entry | ({"schedule": prepared.schedule} if prepared.schedule else {})))
 

@@ -9,15 +9,15 @@ import pytest
 
 from checkpoint.amendments import NONE, Amendments
 from checkpoint.log import RunLog, RunState, StartPoint
-from checkpoint.store import Store
+from checkpoint.store import Data, Store
 from checkpoint.store.memory import MemoryStore
 from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.decide import judge, superseded
 from flows.drive.fork import fork_run
 from flows.drive.history import give_up, raises, recent, spoken, struck
-from flows.drive.line import ordered_back
+from flows.drive.line import beginning_of, ordered_back
 from flows.drive.orders import Asked, describe, order_of, own_order, place_order
-from flows.drive.run import Prepared, fallback_body, fold_view, is_superseded, load_run, ruling_how
+from flows.drive.run import Prepared, fallback_body, fold_view, is_superseded, load_run, ruling_how, run_names
 from flows.drive.views import (
     Cause,
     CheckpointView,
@@ -363,3 +363,28 @@ def test_a_fork_takes_its_parents_amendments_along(small: tuple[Store, Prepared]
     driven(store, load_run(store, made.run), Nodes())
     (newest,) = RunLog(store, made.run).fold().attempts
     assert (newest.amendments, newest.step) == (state.amendments, 1)
+
+
+def test_a_fork_is_listed_once_its_log_says_from_where_it_begins(
+    small: tuple[Store, Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was killed before that was resumed from step 0, with weights that nobody had trained."""
+    store, prepared = small
+    driven(store, prepared, Nodes())
+    log = RunLog(store, prepared.run, writer="agent")
+    log.append("checkpoint", point_body(1), log.fold(), epoch=1)
+    create = store.create
+
+    def dies(key: str, data: Data, **more: Any) -> bool:
+        if "/log/" in key and prepared.run not in key:
+            raise KeyboardInterrupt
+        return create(key, data, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "create", dies)
+        with pytest.raises(KeyboardInterrupt):
+            fork_run(store, prepared.run, 1, ["name=child"])
+    assert not any(run.startswith("child-") for run in run_names(store))
+    made = fork_run(store, prepared.run, 1, ["name=child"])
+    assert made.run in run_names(store)
+    assert beginning_of(RunLog(store, made.run).fold()) == StartPoint(None, 1)
