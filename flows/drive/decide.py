@@ -29,8 +29,8 @@ Rules:
       bits, but for D11, is a person's order (docs/adr/0015).
   D11 A loss that explodes is a hint: it is told. Where the spec says so (recovery.on_explosion) it is acted on, while
       the gang of that attempt trains: the run goes back to a checkpoint from before it, past the batches or at half the
-      rate, as often as D10 does; or gives up. Nothing is thrown away for it that is not saved: without such a
-      checkpoint it is told alone.
+      rate, as often as D10 does, each time further; or gives up. Nothing is thrown away for it that is not saved:
+      without such a checkpoint it is told alone.
   D12 A run that has used its device hours saves its state, leaves, and ends parked; only a person's order opens it.
 """
 

@@ -53,9 +53,12 @@ def healed(log: LogView, seen: Look, policy: Policy, decision: Decision) -> Deci
     if policy.on_explosion == "stop":
         return End("gave_up", f"{ill.text} (recovery.on_explosion)", cause)
     saves = Saves.of(log.candidates)
-    sound = next(((n, step) for n, step in zip(saves.n, saves.step, strict=True) if step < ill.step), None)
-    if sound is None:
+    before = [(n, step) for n, step in zip(saves.n, saves.step, strict=True) if step < ill.step]
+    if not before:
         return None
+    # where it went back to did not help, or the loss is high from there on: it may have been when that was saved
+    tried = {order.start for order in log.orders if order.own and order.n > spoken(log)}
+    sound = next((point for point in before if point not in tried), before[0])
     if own_orders(log) >= policy.max_skips:
         return End(
             "gave_up", f"{ill.text}; going back {often(own_orders(log))} (recovery.max_skips) did not help", cause

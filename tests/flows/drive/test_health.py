@@ -211,6 +211,19 @@ def test_stop_gives_up_and_says_why() -> None:
     assert decision.cause.cls == "numeric"
 
 
+def test_the_next_time_it_goes_further_back() -> None:
+    """What was saved in an explosion is high from its first step on: the run went back there again and gave up."""
+    own = (OrderView(5, {}, start=(4, 36), own=True),)
+    ill, nodes = replace(ILL, epoch=8, step=37), tuple(replace(n, epoch=8) for n in running(step=38))
+    look, newest = Look(1.0, nodes, exploded=ill), attempt(8, order=5)
+    decision = asked(explodes("skip"), look, orders=own, attempts=(newest,))
+    assert isinstance(decision, OwnOrder)
+    assert (decision.start, decision.amendments) == ((3, 30), Amendments(skip=((31, 38),)))
+    last = asked(explodes("skip"), look, orders=own, attempts=(newest,), candidates=SAVED[2:])
+    assert isinstance(last, OwnOrder)
+    assert last.start == (4, 36), "there is nothing older"
+
+
 def test_it_is_done_a_few_times() -> None:
     own = tuple(OrderView(n, {}, start=(3, 30), own=True) for n in (5, 6, 7))
     newest = attempt(8, order=7)
