@@ -134,6 +134,31 @@ def further_ends(folder: Path, tokenizer: Tokenizer, end: str | None) -> list[st
     return [token for token in tokens if token not in (None, end) and may_end(tokenizer, token)]
 
 
+def tell_lacking(folder: Path, tokenizer: Tokenizer) -> None:
+    """A warning where files beside tokenizer.json add tokens that it has not: transformers adds them, and encodes
+    otherwise than it alone."""
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        try:
+            tree = _beside(folder / name) if (folder / name).is_file() else {}
+        except SpecError:  # told where it is needed
+            continue
+        added = tree.get("added_tokens_decoder") if name == "tokenizer_config.json" else tree
+        pairs: list[tuple[Any, Any]] = list(added.items()) if isinstance(added, Mapping) else []
+        if name == "tokenizer_config.json":
+            pairs = [(row.get("content") if isinstance(row, Mapping) else None, number) for number, row in pairs]
+        lacking = [(t, n) for t, n in pairs if isinstance(t, str) and str(tokenizer.token_to_id(t)) != str(n)]
+        if lacking:
+            log.warning(
+                "%s: %r is token %s there%s, and not of %s, which encodes texts: where the model was trained with it, "
+                "write that file anew (transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))",
+                folder / name,
+                *lacking[0],
+                f" (and {len(lacking) - 1} more)" if lacking[1:] else "",
+                TOKENIZER,
+            )
+            return
+
+
 def _end_ids(folder: Path) -> Iterator[tuple[Path, Any]]:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():

@@ -28,7 +28,7 @@ from checkpoint.read import StateReader, load_manifest, refuse_newer
 from checkpoint.safetensors import FileTensor, NoWeights, digest_of, read_folder
 from checkpoint.store import Store
 from flows.drive.run import find_run, load_what
-from flows.drive.their_tokenizer import dataset_tokenizer, folder_of_init, folder_tokenizer
+from flows.drive.their_tokenizer import dataset_tokenizer, folder_of_init, folder_tokenizer, tell_lacking
 from flows.drive.views import some_steps
 from trainer.errors import SpecError
 from trainer.models import family
@@ -116,6 +116,8 @@ class FolderWeights:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         found = folder_tokenizer(self.folder)
+        if found is not None:
+            tell_lacking(self.folder, found.tokenizer)
         return found.tokenizer if found else None
 
     def read(self, tensor: str, first: int, elements: int) -> Iterator[F32]:

@@ -21,7 +21,7 @@ from checkpoint.store import Store, open_store
 from flows.cli.from_config import spec_text
 from flows.data import load_tokenizer
 from flows.drive.begin import prepare_run
-from flows.drive.their_tokenizer import end_of
+from flows.drive.their_tokenizer import end_of, tell_lacking
 from flows.drive.weights import folder_weights
 from tests.support.calls import called
 from tests.support.imported import IMPORT, Imported, imported
@@ -337,6 +337,26 @@ def test_an_end_token_that_no_file_says_is_asked_for(tmp_path: Path) -> None:
         code, said = called([*arguments, "--end-token", end])
         assert code == 0, said
         assert told in said
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("added_tokens.json", {"<|im_end|>": 291, "<|end|>": 0}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"291": {"content": "<|im_end|>"}, "0": {"content": "x"}}}),
+    ],
+)
+def test_tokens_that_the_tokenizer_lacks_and_a_file_beside_it_adds_are_told(
+    name: str, said: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(IMPORT / "gpt2-untied-f32", tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tell_lacking(folder, tokenizer)
+    assert not caplog.records, "of what transformers wrote"
+    (folder / name).write_text(json.dumps(said))
+    tell_lacking(folder, tokenizer)
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert re.search(r"'<\|im_end\|>' is token 291 there.*, and not of tokenizer.json, which encodes texts", told)
 
 
 def test_further_tokens_that_end_a_text_are_told(tmp_path: Path) -> None:
