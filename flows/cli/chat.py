@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from flows.cli.ckpt import sampling
 from flows.cli.main import say, step_option, store_option
+from flows.cli.signals import first_ctrl_c
 
 if TYPE_CHECKING:
     from flows.show.talk import Text
@@ -56,7 +56,7 @@ def _answer(text: Text, line: str, tokens: int) -> None:
     forgotten = text.forgotten
     text.say(line if not text.ids or text.ids[-1] == text.eot else f"\n{line}")
     count = 0
-    with _stops() as stopped:
+    with first_ctrl_c() as stopped:
         for piece in text.answer(tokens):
             count += 1
             click.echo(piece, nl=False)
@@ -70,23 +70,6 @@ def _answer(text: Text, line: str, tokens: int) -> None:
         _note(f"after --tokens {tokens}")
     if text.forgotten and not forgotten:
         _note(f"the oldest {text.forgotten} tokens are forgotten from here on ({NEW} begins anew)")
-
-
-@contextlib.contextmanager
-def _stops() -> Iterator[list[int]]:
-    """Ctrl-C of an answer: the list has something from then on. A second one leaves at once."""
-    heard: list[int] = []
-
-    def on_signal(number: int, _frame: Any) -> None:
-        if heard:
-            raise KeyboardInterrupt
-        heard.append(number)
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield heard
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _lines() -> Iterator[str]:

@@ -325,12 +325,19 @@ def sampling(command: Any) -> Any:
 def generate(
     run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int, step: int | None, store: str | None
 ) -> int:
-    """Continue a text with RUN's newest checkpoint, by the engine that trained it."""
+    """Continue a text with RUN's newest checkpoint, by the engine that trained it. Ctrl-C prints what there is so far
+    (exit code 130)."""
+    from flows.cli.signals import first_ctrl_c
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from flows.show.talk import generate as continue_text
 
     opened = store_at(store)
     name = find_run(opened, run)
-    say(continue_text(opened, name, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, step=step))
-    return 0
+    with first_ctrl_c() as stopped:
+        text = continue_text(
+            opened, name, prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed, step=step,
+            stopped=stopped,
+        )  # fmt: skip
+    say(text)
+    return 130 if stopped else 0

@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from flows.cli import terminal
@@ -156,6 +156,23 @@ def stopped_by_signals(stop: threading.Event, *, twice: bool = False) -> None:
 
     for number in heard():
         signal.signal(number, on_signal)
+
+
+@contextlib.contextmanager
+def first_ctrl_c() -> Iterator[list[int]]:
+    """Ctrl-C ends what the model writes: the list has something from then on. A second one leaves at once."""
+    heard: list[int] = []
+
+    def on_signal(number: int, _frame: Any) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(number)
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def leave(code: int, text: str, say: Callable[[str], None]) -> None:

@@ -7,7 +7,7 @@ the text allows, and grows with it, up to the run's sequence; older text is forg
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -155,8 +155,10 @@ def generate(
     top_k: int = 40,
     seed: int = 0,
     step: int | None = None,
+    stopped: Sequence[object] = (),
 ) -> str:
-    """Continue a text. Temperature 0 takes the likeliest token; the same seed gives the same text."""
+    """Continue a text. Temperature 0 takes the likeliest token; the same seed gives the same text. It ends sooner where
+    ``stopped`` comes to hold something."""
     with Text(store, run, step, temperature=temperature, top_k=top_k, seed=seed) as text:
         text.say(prompt)
         if text.forgotten:
@@ -166,7 +168,8 @@ def generate(
                 text.context,
             )
         for _ in text.answer(tokens):
-            pass
+            if stopped:
+                break
         return str(text.tokenizer.decode(text.ids, skip_special_tokens=True))
 
 

@@ -213,6 +213,27 @@ def test_a_temporary_folder_that_is_full_is_named(trained: Trained, store: Store
     )
 
 
+def test_ctrl_c_gives_what_was_generated_so_far(
+    trained: Trained, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of it was lost, and --tokens may be any number."""
+    grow, added = Text.grow, list[int]()
+
+    def grow_and_stop(text: Text) -> int:
+        added.append(grow(text))
+        if len(added) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return added[-1]
+
+    monkeypatch.setattr(Text, "grow", grow_and_stop)
+    words = ["--prompt", PROMPT, "--tokens", "1000000000", "--temperature", "0", "--store", store.url]
+    assert exit_code_of(["generate", trained.run, *words]) == 130
+    said = capsys.readouterr()
+    assert said.out.startswith(PROMPT)
+    assert len(said.out) > len(PROMPT) + 2
+    assert len(added) == 3
+
+
 def test_an_engine_that_is_killed_is_told(
     trained: Trained, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
