@@ -35,8 +35,16 @@ TRAIN_FLOW = "train"
 SWEEP_FLOW = "sweep"
 
 
+AFTER_MOST_S = 120.0
+"""So long a server may ask not to be asked again."""
+
+
 class Gone(Exception):
-    """Prefect does not answer, or not as a server that is well does: later, perhaps."""
+    """Prefect does not answer, or not as a server that is well does: later, perhaps; not before ``after_s``, where it
+    says so.
+    """
+
+    after_s = 0.0
 
 
 class NoPrefect(Exception):
@@ -321,7 +329,10 @@ class Client:
             if code == 503:
                 raise Busy(f"{self.url} answers {code}") from error
             if code >= 500 or code in (408, 429):
-                raise Gone(f"{self.url} answers {code}") from error
+                gone = Gone(f"{self.url} answers {code}{' (too many requests)' if code == 429 else ''}")
+                with contextlib.suppress(KeyError, ValueError):  # it may be a date
+                    gone.after_s = min(max(float(error.response.headers["Retry-After"]), 0.0), AFTER_MOST_S)
+                raise gone from error
             raise Refused(f"{code}: {error.response.text[:300]}{self._older() if code == 422 else ''}") from error
         except httpx.ReadTimeout as error:
             raise Slow(f"no answer at {self.url} within {TIMEOUT_S:.0f} s") from error

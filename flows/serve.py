@@ -85,6 +85,7 @@ class Server:
         deployment was registered, and where its name is another's.
         """
         while not self.stop.is_set():
+            pause_s = self.every_s
             try:
                 self._round()
                 if self._away:
@@ -95,9 +96,9 @@ class Server:
                     raise
                 self._told_away(error)
             except Gone as error:
-                self._known_at = -1e9
+                self._known_at, pause_s = -1e9, max(self.every_s, error.after_s)
                 self._told_away(error)
-            self.stop.wait(self.every_s)
+            self.stop.wait(pause_s)
         self._leave()
 
     def _told_away(self, error: Exception) -> None:

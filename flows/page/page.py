@@ -246,7 +246,7 @@ class Page:
     def _fail(self, error: Exception, text: str) -> None:
         self.failures += 1
         self._check = True
-        self._retry_at = self.clock() + self._retry_s
+        self._retry_at = self.clock() + max(self._retry_s, error.after_s if isinstance(error, Gone) else 0.0)
         self._retry_s = min(self._retry_s * 2, RETRY_MOST_S)
         kind = type(error).__name__ + (str(error)[:24] if isinstance(error, Refused) else "")
         if kind not in self._said:

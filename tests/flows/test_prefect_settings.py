@@ -25,6 +25,7 @@ from prefect.settings import (
 from flows.cli.main import exit_code_of
 from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused, answers, configured
 from flows.prefect_server import PrefectServer
+from flows.serve import Server
 from tests.support.certificates import served
 from trainer.presets import PRESETS
 
@@ -195,6 +196,32 @@ def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     with pytest.raises(PrefectSettingsError, match=r"Prefect keeps its settings in .* has none: set HOME"):
         configured()
+
+
+@pytest.mark.parametrize(("said", "after_s"), [("7", 7.0), ("Mon, 30 Nov 2026 07:28:00 GMT", 0.0), ("1e9", 120.0)])
+def test_a_server_that_asks_to_be_asked_less_often_is(said: str, after_s: float) -> None:
+    """Prefect Cloud's limit of requests: a schedule went on asking each second."""
+    asked = httpx.Request("GET", "https://prefect.example/api/health")
+    answer = httpx.Response(429, headers={"Retry-After": said}, request=asked)
+    waits: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            self.set()
+            return True
+
+    server = Server(lambda: pytest.fail("nothing is registered"), print, stop=Stop())
+    with Client.open("https://prefect.example/api") as client:
+
+        def told() -> None:
+            client.call(answer.raise_for_status)
+
+        server._round = told  # type: ignore[method-assign]
+        server.run()
+        with pytest.raises(Gone, match=r"answers 429 \(too many requests\)"):
+            told()
+    assert waits == [max(after_s, server.every_s)]
 
 
 def test_a_server_without_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
