@@ -27,7 +27,8 @@ T = TypeVar("T")
 
 TIMEOUT_S = 5.0
 LEASE_S = 300.0
-BUSY_PAUSE_S = 0.2
+BUSY_S, BUSY_PAUSE_S = 15.0, 0.2
+"""How long a command asks a server again that is busy, as one is that begins; and how often."""
 OPEN_STATES = ("PENDING", "RUNNING", "CANCELLING")
 """Of a flow run that was taken and has not ended."""
 TRAIN_FLOW = "train"
@@ -178,7 +179,7 @@ def why_not(found: Configured) -> str:
     """Why work that needs Prefect cannot be done there, with the mend; empty where it can."""
     url = found.shown.rstrip("/")
     try:
-        with Client.open(url=None) as client:
+        with Client.open(url=None, patience_s=BUSY_S) as client:
             client.check()
     except Refused as error:
         return f"Prefect at {url} ({found.source}) refuses: {error}"

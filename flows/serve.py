@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from flows.page.left_open import GOES_ON, GRACE_S, LeftOpen, close_gone, own_mark
-from flows.prefect_api import Client, Gone, Lost, Refused
+from flows.prefect_api import BUSY_S, Client, Gone, Lost, Refused
 from flows.recurring.deployments import Deployments, Registered, whose
 from flows.recurring.due import DueFiring, FiringPolicy, judge_firings
 from flows.recurring.state import pool_words
@@ -41,7 +41,6 @@ EVERY_S = 1.0
 KNOWN_EVERY_S = 5.0
 END_LOOKS, END_TRIES = 4, 12
 END_EVERY_S = 0.3
-BUSY_S = 15.0
 ENTRYPOINT = "flows.flow.train_flow"
 SWEEP = "flows.flow.sweep_flow"
 COLLECT = "flows.flow.collect_flow"

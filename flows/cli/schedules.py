@@ -28,14 +28,14 @@ class NoSuchSchedule(Exception):
 
 @contextmanager
 def _server() -> Iterator[Client]:
-    from flows.prefect_api import Client, Refused, configured
+    from flows.prefect_api import BUSY_S, Client, Refused, configured
 
     if configured() is None:
         raise Refused(
             "Prefect's settings name no server (PREFECT_API_URL is not set): set it, or a profile (`prefect config set "
             "PREFECT_API_URL=http://HOST:4200/api`); `prefect server start` starts one"
         )
-    with Client.open(None, patience_s=15.0) as client:
+    with Client.open(None, patience_s=BUSY_S) as client:
         yield client
 
 

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import open_store
-from tests.support.chaos import step_of, while_it_trains
+from tests.support.chaos import caught, rank_pid, step_of
 from tests.support.place import LONG, SPEC, STEPS, Place
 from tests.support.place import finish as ended
 from tests.support.undisturbed import undisturbed_run
@@ -35,17 +36,20 @@ def order_back(at: Place, run: str) -> tuple[int, tuple[str, ...]]:
     return back, ("--rollback-to", str(back), *AMENDS, "--steps", str(LAST))
 
 
-def hold(at: Place, step: int, before: Collection[int] = ()) -> list[int]:
-    """The gang is stopped once one of its ranks, who are none of those ``before``, is at this step; its ranks."""
+@contextmanager
+def held(at: Place, step: int, before: Collection[int] = ()) -> Iterator[list[int]]:
+    """The gang stands still inside the block once one of its ranks, who are none of those ``before``, is at this step;
+    all ranks so far.
+    """
 
     def ranks() -> list[int]:
         return [pid for pid in at.rank_pids() if pid not in before]
 
-    wait_for(lambda: any((step_of(pid) or 0) >= step for pid in ranks()), f"step {step}", 60)
-    pids = ranks()
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    return pids
+    there = caught(
+        at.folder, lambda: any((step_of(pid) or 0) >= step for pid in ranks()), f"step {step}", step=step, but=before
+    )
+    with there:
+        yield [*before, *ranks()]
 
 
 @pytest.fixture
@@ -80,20 +84,18 @@ def test_the_same_orders_are_the_same_bits_in_every_layout_crash_and_resume(
     assert (calm["run"], calm["step"]) == (run, LAST)
     assert calm["state_digest"] != digest
     driver = place.start_train()
-    while_it_trains(place.folder, lambda: log_of(place, run).checkpoints, "a checkpoint")
-    ranks = hold(place, 4)
-    back, told = order_back(place, run)
-    # in this process: while another one would still be ending, the gang that it orders may have come and gone
-    said = place.said("runs", "order", run, *told)
-    second = hold(place, 15, ranks)
-    assert "skips batches 11-14, 30-31" in said
-    order = log_of(place, run).orders[-1].n
-    os.kill(second[0], signal.SIGKILL)
-    for pid in second[1:]:
-        os.kill(pid, signal.SIGCONT)
-    wait_for(lambda: len(log_of(place, run).attempts) == 3, "the attempt after the kill", 60)
-    hold(place, 32, ranks + second)
-    other = place.start("runs", "resume", run, "--set", "parallel.stages=4", *QUIET)
+    with caught(place.folder, lambda: log_of(place, run).checkpoints, "a checkpoint"):
+        ranks = place.rank_pids()
+        back, told = order_back(place, run)
+        assert "skips batches 11-14, 30-31" in place.said("runs", "order", run, *told)
+        order = log_of(place, run).orders[-1].n
+        with held(place, 15, ranks) as ranks:
+            struck = rank_pid(place.folder, 1)
+            assert struck is not None
+            os.kill(struck, signal.SIGKILL)
+    with held(place, 32, ranks):
+        other = place.start("runs", "resume", run, "--set", "parallel.stages=4", *QUIET)
+        wait_for(lambda: len(log_of(place, run).attempts) == 4, "the attempt on four stages", 60)
     for process in (other, driver):
         done = ended(process)
         assert done.code == 0, done.err

@@ -16,10 +16,9 @@ import pytest
 
 from checkpoint.agent.devices import NoDevice, choose, read_devices
 from tests.engine import cuda_lib
-from tests.support.chaos import ask_to_stop
+from tests.support.chaos import ask_to_stop, caught
 from tests.support.leftover import expect_none
 from tests.support.place import Place, finish
-from tests.support.wait import wait_for
 from trainer.engine_path import engine_binary
 
 SPEC = """
@@ -43,9 +42,6 @@ stages = 2
 threads = 1
 [checkpoint]
 every = 4
-[launch]
-stall_s = 20.0
-connect_s = 20.0
 [recovery]
 backoff_s = 0.05
 """
@@ -73,9 +69,8 @@ def test_a_run_on_gpus_survives_a_kill_with_the_bits_of_one_on_the_cpu(gpus: Pla
     sets = ["--set", "parallel.device=cuda", "--set", "launch.kernel_path=cuda-exact"]
     process = gpus.start("train", "spec.toml", "--no-prefect", "--json", *sets)
     runs = gpus.folder / "store" / "runs"
-    wait_for(lambda: any(runs.glob("*/manifests/*/manifest")), "a checkpoint", 60)
-    ranks = gpus.rank_pids()
-    os.kill(ranks[0], signal.SIGKILL)
+    with caught(gpus.folder, lambda: any(runs.glob("*/manifests/*/manifest")), "a checkpoint"):
+        os.kill(gpus.rank_pids()[0], signal.SIGKILL)
     told = finish(process)
     assert told.code == 0, told
     assert told.json()["attempts"] == 2
@@ -165,8 +160,8 @@ def test_a_run_s_products_go_by_its_own_algorithms(library: Path, tmp_path: Path
     try:
         process = stopped.start_train(*sets)
         runs = stopped.folder / "store" / "runs"
-        wait_for(lambda: any(runs.glob("*/manifests/*/manifest")), "a checkpoint", 60)
-        ask_to_stop(process, signal.SIGTERM, stopped.folder / "out")
+        with caught(stopped.folder, lambda: any(runs.glob("*/manifests/*/manifest")), "a checkpoint"):
+            ask_to_stop(process, signal.SIGTERM, stopped.folder / "out")
         assert finish(process).code == 85
         (kept,) = runs.glob("*/algorithms")
         before = {path.name: path.read_bytes() for path in kept.iterdir()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.chaos import frozen, rank_step
+from tests.support.chaos import caught, rank_step
 from tests.support.place import SPEC, Place, finish
 from tests.support.wait import wait_for
 
@@ -33,8 +33,7 @@ def test_what_replicas_saved_in_pieces_goes_on_in_one_process(tmp_path: Path) ->
         run = undisturbed["run"]
         first = pieces.start_train(*TWO_BY_TWO)
         manifests = pieces.run_folder(run) / "manifests"
-        wait_for(lambda: (rank_step(pieces.folder, 0) or 0) > 2, "a step after a snapshot", 60)
-        with frozen(pieces.folder, 0):
+        with caught(pieces.folder, lambda: (rank_step(pieces.folder, 0) or 0) > 2, "a step after a snapshot"):
             wait_for(lambda: any(manifests.glob("*/manifest")), "a checkpoint", 60)
             pieces.stop_all()
         finish(first)

@@ -27,7 +27,7 @@ from flows.replay.compare import Verdict
 from flows.replay.replay import replay_run
 from flows.replay.words import replay_lines
 from tests.engine.engine_build import build_flipping
-from tests.support.chaos import frozen, hurried, while_it_trains
+from tests.support.chaos import caught, hurried
 from tests.support.place import LONG, SPEC, Place, finish
 from tests.support.s3_server import S3Server, s3_server
 from tests.support.shared import once
@@ -99,7 +99,7 @@ FLIPS = [
 FLIP_SPEC = (
     SPEC.replace("steps = 60", "steps = 8")
     .replace("stages = 2", 'stages = 2\noptimizer = "checked"')
-    .replace("[launch]", "[launch]\nnodes = 2")
+    .replace("[recovery]", "[launch]\nnodes = 2\n[recovery]")
 )
 """A rank a node."""
 
@@ -185,8 +185,7 @@ def test_steps_are_computed_again_beside_a_run_that_trains(tmp_path: Path) -> No
     try:
         with log.open("wb") as err:
             process = place.start("train", "spec.toml", "--no-prefect", "--json", *sets, err=err)
-        while_it_trains(place.folder / "out", lambda: saved(place, 12), "a checkpoint")
-        with frozen(place.folder / "out", 0):
+        with caught(place.folder / "out", lambda: saved(place, 12), "a checkpoint"):
             (told,) = wait_for(
                 lambda: hurried(place.folder, lambda: events(log, "replay")[:1]),
                 "steps that were computed again",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import spec_of
-from tests.support.chaos import Fault, rank_step, unleashed, while_it_trains
+from tests.support.chaos import Fault, caught, rank_step, unleashed
 from tests.support.place import SPEC, Place, finish
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 from tests.support.wait import wait_for
@@ -49,10 +49,10 @@ def test_a_killed_rank_and_the_same_bits_as_in_a_folder(
     _, secret = server.identities["trainer"]
     with unleashed(Fault("forward", 1, 6), there.folder, there.folder / "out") as watcher:
         process = there.start_train()
-        wait_for(lambda: rank_step(there.folder / "out", 0) is not None, "a rank", 60)
-        environments = {line: environment(pid) for pid, line in there.left().items()}
+        with caught(there.folder / "out", lambda: rank_step(there.folder / "out", 0) is not None, "a rank"):
+            environments = {line: environment(pid) for pid, line in there.left().items()}
         done = finish(process)
-        assert watcher.wait(5) == 0
+        assert watcher.wait(60) == 0
     assert done.code == 0, done.err
     result = done.json()
     assert (result["run"], result["outcome"], result["state_digest"]) == (run, "succeeded", digest)
@@ -94,11 +94,11 @@ def test_a_store_that_is_away_for_a_while_costs_no_step(
     process = there.start_train(steps)
     work = there.folder / "out"
     saved = objects(server, there)
-    while_it_trains(work, lambda: any(saved.glob("runs/*/manifests/*/manifest")), "a checkpoint")
-    if how == "killed":
-        server.kill()
-    else:
-        os.kill(server.pid, signal.SIGSTOP)
+    with caught(work, lambda: any(saved.glob("runs/*/manifests/*/manifest")), "a checkpoint"):
+        if how == "killed":
+            server.kill()
+        else:
+            os.kill(server.pid, signal.SIGSTOP)
     try:
         left_at = wait_for(lambda: rank_step(work, 0), "the ranks", 60)
         wait_for(lambda: (rank_step(work, 0) or 0) > left_at + 40, "steps without a store", 60)
@@ -125,8 +125,8 @@ def test_ctrl_c_is_heard_while_the_store_does_not_answer(there: Place, server: S
     """The server takes connections and says nothing: the gang leaves all the same."""
     process, work = there.start_train("checkpoint.commit_s=1"), there.folder / "out"
     saved = objects(server, there)
-    while_it_trains(work, lambda: any(saved.glob("runs/*/manifests/*/manifest")), "a checkpoint")
-    os.kill(server.pid, signal.SIGSTOP)
+    with caught(work, lambda: any(saved.glob("runs/*/manifests/*/manifest")), "a checkpoint"):
+        os.kill(server.pid, signal.SIGSTOP)
     try:
         process.send_signal(signal.SIGINT)
         done = finish(process, 60)  # no call comes back in all this time

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.answers import STOPPED, stopped_after
-from tests.support.chaos import frozen, while_it_trains
+from tests.support.chaos import caught
 from tests.support.place import LONG_STEPS, Done, Place, finish
 from tests.support.wait import wait_for
 
@@ -87,12 +87,12 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     # draining: the gang saves, and a second signal makes the command leave; the gang ends by itself
     process = place.start_train()
     before = steps()
-    while_it_trains(place.folder, lambda: steps() > before, "a step")
-    process.send_signal(signal.SIGTERM)
-    assert process.stderr is not None
-    while b"stopping: the gang" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    with caught(place.folder, lambda: steps() > before, "a step"):
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        while b"stopping: the gang" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
     done = finish(process)
     assert done.code in (128 + signal.SIGTERM, STOPPED), done.err
 
@@ -139,10 +139,15 @@ class Terminal:
 
     def __init__(self, place: Place, *args: str) -> None:
         self.ours, theirs = pty.openpty()
+
+        def prepare() -> None:
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup have it ignored
+
         env = place.env | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         self.process = subprocess.Popen(
             place.command(*args), cwd=place.folder, env=env, stdin=theirs, stdout=theirs, stderr=theirs,
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            start_new_session=True, preexec_fn=prepare,
         )  # fmt: skip
         os.close(theirs)
         self.said = b""
@@ -190,8 +195,7 @@ def test_two_ctrl_c_at_a_terminal_leave_it_running(
     run, digest = undisturbed
     one = terminal(*TRAIN)
     store = place.run_folder(run)
-    while_it_trains(place.folder, lambda: any(store.glob("live/*/metrics/*")), "a step")
-    with frozen(place.folder / "out", 0):  # the run cannot end meanwhile
+    with caught(place.folder, lambda: any(store.glob("live/*/metrics/*")), "a step"):
         one.process.send_signal(signal.SIGINT)
         one.read_until(b"again within")
         one.process.send_signal(signal.SIGINT)
@@ -208,8 +212,7 @@ def test_a_terminal_that_closes_takes_its_command_and_not_the_run(
     """Neither the one that attached nor the one that began it."""
     run, digest = undisturbed
     first = terminal(*TRAIN)
-    while_it_trains(place.folder, lambda: any(place.run_folder(run).glob("live/*/metrics/*")), "a step")
-    with frozen(place.folder / "out", 0):  # the run cannot end meanwhile
+    with caught(place.folder, lambda: any(place.run_folder(run).glob("live/*/metrics/*")), "a step"):
         second = terminal(*TRAIN)
         second.read_until(run.encode())
         assert second.close() == 128 + signal.SIGHUP

@@ -12,7 +12,7 @@ import pytest
 from checkpoint.claims import Place as Claimed
 from checkpoint.store import open_store
 from flows.drive.live import MetricsReader
-from tests.support.chaos import frozen, while_it_trains
+from tests.support.chaos import caught
 from tests.support.place import Place, finish
 from tests.support.wait import wait_for
 
@@ -53,8 +53,7 @@ def test_a_later_one_attaches_and_outlives_the_first(place: Place, undisturbed: 
     run, digest = undisturbed
     first = place.start("train", "spec.toml", "--no-prefect", "--json", "--out", "a")
     manifests = place.run_folder(run) / "manifests"
-    while_it_trains(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint")
-    with frozen(place.folder / "a", 0):
+    with caught(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint"):
         with open(place.folder / "words", "wb") as words:
             second = place.start("train", "spec.toml", "--no-prefect", "--json", "--out", "b", err=words)
         said = place.folder / "words"
@@ -75,11 +74,10 @@ def test_a_run_of_another_machine_is_watched_and_left_alone(place: Place, undist
     run, digest = undisturbed
     first = place.start("train", "spec.toml", "--no-prefect", "--json", "--out", "a")
     manifests = place.run_folder(run) / "manifests"
-    while_it_trains(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint")
-    (claim,) = (place.run_folder(run) / "live" / "launch").iterdir()
-    mine = Claimed.parse(claim.read_bytes(), "the claim")
-    other = Claimed("far-away", "another boot", mine.space, mine.folder, mine.token)
-    with frozen(place.folder / "a", 0):
+    with caught(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint"):
+        (claim,) = (place.run_folder(run) / "live" / "launch").iterdir()
+        mine = Claimed.parse(claim.read_bytes(), "the claim")
+        other = Claimed("far-away", "another boot", mine.space, mine.folder, mine.token)
         claim.chmod(0o600)
         claim.write_bytes(other.to_bytes())
         said = place.folder / "words"
@@ -102,8 +100,7 @@ def test_a_run_that_was_ended_elsewhere_goes_on_here(place: Place, undisturbed: 
     run, digest = undisturbed
     first = place.start("train", "spec.toml", "--no-prefect", "--json", "--out", "a")
     manifests = place.run_folder(run) / "manifests"
-    while_it_trains(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint")
-    with frozen(place.folder / "a", 0):
+    with caught(place.folder, lambda: any(manifests.glob("*/manifest")), "a checkpoint"):
         place.said("runs", "cancel", run)
     assert finish(first).code == 1
     place.all_gone()

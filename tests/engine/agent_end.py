@@ -15,7 +15,7 @@ from tests.engine.native import build_program
 from trainer import wire
 from trainer.plan.compiled import Plan
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Agent:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hmac
 import os
+import random
 import socket
 import subprocess
 import threading
@@ -18,7 +20,7 @@ from checkpoint.agent.crc32c import crc32c
 from tests.engine.native import build_program
 from trainer import wire
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 MAC = ctypes.sizeof(wire.Hello) - 32
 
 
@@ -31,16 +33,18 @@ def until(condition: Callable[[], bool], what: str, seconds: float = WAIT_S) -> 
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
+    """Ports that were free a moment ago, below those that the kernel gives out: no other process's connection gets one
+    until a rank listens there.
+    """
+    found: list[int] = []
+    for port in random.sample(range(12_000, 32_768), 1_000):
+        with socket.socket() as s, contextlib.suppress(OSError):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind(("127.0.0.1", 0))
-        return [int(s.getsockname()[1]) for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+            s.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise AssertionError(f"of 1000 ports only {len(found)} are free")
 
 
 @dataclass(frozen=True)

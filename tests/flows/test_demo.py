@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.flows.conftest import Api
-from tests.support.chaos import frozen, rank_step
+from tests.support.chaos import caught, rank_step
 from tests.support.place import ROOT, Done, Place, finish
 from tests.support.wait import wait_for
 from trainer.presets import PRESETS
@@ -30,10 +30,13 @@ def demonstrated(at: Place, *more: str) -> Done:
     of their steps looks each 2 s at least, in which they would be through.
     """
     process = at.start("demo", "--out", "demo", *SHORT, "--set", "train.steps=240", *more)
-    wait_for(lambda: (rank_step(at.folder, 0) or 0) > 130 or process.poll() is not None, "the halfway", 120)
+
+    def halfway() -> bool:
+        return (rank_step(at.folder, 0) or 0) > 130 or process.poll() is not None
+
     assert process.stdout is not None
     said = ""
-    with frozen(at.folder, 0):
+    with caught(at.folder, halfway, "the halfway", 120, step=120):
         while ">>> kill -9" not in said:
             line = process.stdout.readline().decode()
             assert line, said

@@ -20,6 +20,7 @@ import pytest
 from flows.flow import spec_to_train
 from flows.prefect_api import answers
 from tests.flows.conftest import Api, started
+from tests.support.chaos import ask_to_stop, caught
 from tests.support.place import ROOT, STEPS, Place, finish
 from tests.support.wait import wait_for
 from trainer.errors import SpecError
@@ -131,8 +132,8 @@ def test_what_a_person_types_into_the_form_holds_or_is_refused() -> None:
 def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted: Place) -> None:
     store = hosted.env.pop("HOTSTAGE_STORE")
     process = hosted.start(*args(*SLOW, "name='stopped'"), "--store", store, "--out", "there")
-    wait_for(lambda: metrics_begun(hosted), "the first step", 60)
-    process.send_signal(signal.SIGINT)
+    with caught(hosted.folder, lambda: metrics_begun(hosted), "the first step"):
+        ask_to_stop(process, signal.SIGINT, hosted.folder / "there")
     done = finish(process)
     assert done.code == 85, done.out + done.err
     said = re.search(r"go on with: hotstage runs resume (\S+) (.+)\n", done.out)
@@ -160,9 +161,9 @@ def test_the_server_is_killed_in_the_middle(place: Place, tmp_path: Path) -> Non
     try:
         place.env.update({**server.environment(), "PREFECT_HOME": str(tmp_path / "prefect")})
         process = place.start(*args(*SLOW), "--json")
-        wait_for(lambda: metrics_begun(place), "the first step", 60)
         assert server.process is not None
-        os.killpg(server.process.pid, signal.SIGKILL)  # a session of its own: the server and all that it started
+        with caught(place.folder, lambda: metrics_begun(place), "the first step"):
+            os.killpg(server.process.pid, signal.SIGKILL)  # a session of its own: the server and all that it started
         done = finish(process)
     finally:
         server.stop()
@@ -177,11 +178,11 @@ def test_the_flow_s_process_is_killed_and_the_same_command_attaches(prefect: Api
     hosted_args = args(*SLOW, "name='killed'")
     process = hosted.start(*hosted_args, "--json")
     saved = hosted.folder / "store" / "runs"
-    wait_for(lambda: any(saved.glob("killed-*/live/*/metrics/*")), "the first step", 60)
-    name = next(iter(saved.glob("killed-*"))).name
-    wait_for(lambda: [f for f in prefect.named(name) if f["infrastructure_pid"]], "its process", 60, 0.1)
-    process.kill()
-    process.communicate()
+    with caught(hosted.folder, lambda: any(saved.glob("killed-*/live/*/metrics/*")), "the first step"):
+        name = next(iter(saved.glob("killed-*"))).name
+        wait_for(lambda: [f for f in prefect.named(name) if f["infrastructure_pid"]], "its process", 60, 0.1)
+        process.kill()
+        process.communicate()
     done = hosted.call(*hosted_args, "--json")
     assert done.code == 0, done.err
     result = done.json()

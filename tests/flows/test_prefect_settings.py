@@ -23,7 +23,7 @@ from prefect.settings import (
 )
 
 from flows.cli.main import exit_code_of
-from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused, answers, configured
+from flows.prefect_api import Client, Configured, Gone, PrefectSettingsError, Refused, answers, configured, why_not
 from flows.prefect_server import PrefectServer
 from flows.serve import Server
 from tests.support.certificates import served
@@ -119,6 +119,30 @@ def test_what_no_header_can_hold_is_told_and_not_shown(held: dict[Any, Any]) -> 
     told = "".join(traceback.format_exception(caught.value))
     assert "hush" not in told
     assert "hüsh" not in told
+
+
+def test_a_server_that_is_busy_is_asked_again_by_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its database is locked while it begins."""
+    monkeypatch.setattr("flows.prefect_api.BUSY_PAUSE_S", 0.01)
+    asked: list[str] = []
+
+    class Begins(_Healthy):
+        def do_GET(self) -> None:
+            self.send_error(404)  # of what Prefect's client asks beside: a token against forgeries
+
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_response(503 if len(asked) < 3 else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Begins) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/api"
+        with temporary_settings(updates={PREFECT_API_URL: url}):
+            assert why_not(Configured(url, "PREFECT_API_URL")) == ""
+        server.shutdown()
+    assert len(asked) == 3
 
 
 def test_a_proxy_that_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:

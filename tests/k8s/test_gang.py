@@ -10,6 +10,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.k8s.api_server import ApiServer
 from tests.k8s.conftest import STEPS
 from tests.k8s.kubelet import Kubelet, Pod
 from tests.k8s.test_watch import until
-from tests.support.chaos import rank_pid, rank_step
+from tests.support.chaos import caught, rank_pid, rank_step
 from tests.support.place import Place, finish
 
 SETS = [
@@ -43,8 +44,9 @@ def log_of(place: Place, run: str) -> Any:
     return RunLog(open_store(f"file://{place.folder}/store"), run).fold()
 
 
-def reached(pod: Pod, rank: int, step: int) -> None:
-    until(lambda: (rank_step(pod.folder, rank) or 0) >= step, f"step {step} on rank {rank}", 60.0)
+def held(pod: Pod, step: int) -> AbstractContextManager[object]:
+    """The gang stands still inside the block once rank 0, which is the pod's, is at this step."""
+    return caught(pod.folder, lambda: (rank_step(pod.folder, 0) or 0) >= step, f"step {step}", step=step)
 
 
 def test_a_run_through_every_loss_ends_with_the_bits_of_the_local_one(
@@ -54,44 +56,48 @@ def test_a_run_through_every_loss_ends_with_the_bits_of_the_local_one(
     driver = train(place)
     until(lambda: len([p for p in kubelet.pods.values() if p.engine]) == 2, "two pods", 60.0)
     first = kubelet.of(0)
-    reached(first, 0, 8)
 
     # a rank dies: again in place, no pod made anew
-    pid = rank_pid(kubelet.of(1).folder, 3)
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: len(log_of(place, run).attempts) == 2, "the second attempt")
-    reached(first, 0, 16)
-    assert len(kubelet.pods) == 2
+    with held(first, 8):
+        pid = rank_pid(kubelet.of(1).folder, 3)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
 
     # the driver dies, and another one adopts what runs
-    driver.kill()
-    driver.wait()
-    driver = train(place)
-    # the API server is away meanwhile: that alone changes nothing
-    for kind in ("list", "watch", "get", "write"):
-        server.storms[kind] = (503, "away")
-    reached(first, 0, 24)
-    server.storms.clear()
-    assert (len(kubelet.pods), len(log_of(place, run).attempts)) == (2, 2)
+    with held(first, 16):
+        assert (len(kubelet.pods), len(log_of(place, run).attempts)) == (2, 2)
+        driver.kill()
+        driver.wait()
+        # the API server is away meanwhile: that alone changes nothing
+        for kind in ("list", "watch", "get", "write"):
+            server.storms[kind] = (503, "away")
+        asked = sum(server.requests.values())
+        driver = train(place)
+        until(lambda: sum(server.requests.values()) > asked, "the second driver to ask")
+    with held(first, 24):
+        server.storms.clear()
+        assert (len(kubelet.pods), len(log_of(place, run).attempts)) == (2, 2)
 
-    # a pod is told to go: its gang saves, and the next attempt is in a new launch
-    kubelet.delete(kubelet.of(1))
-    until(lambda: len(log_of(place, run).attempts) == 3, "the third attempt", 60.0)
-    state = log_of(place, run)
-    assert state.attempts[2].launch == f"{run}-k2"
-    assert state.attempts[2].body["cause"]["class"] == "preempted"
-    assert "state saved" in state.attempts[2].body["cause"]["text"]
-    until(
-        lambda: sum(p.job != first.job and p.engine is not None for p in kubelet.pods.values()) == 2, "its pods", 60.0
-    )
-    second = kubelet.of(0)
-    reached(second, 0, state.attempts[2].step + 4)
+        # a pod is told to go: its gang saves, and the next attempt is in a new launch
+        leaves, old = kubelet.of(1), rank_pid(first.folder, 0)
+        kubelet.delete(leaves)
+        until(lambda: "asked to stop" in (leaves.folder / "engine.log").read_text(), "its engine to hear of it")
+    assert old is not None
+
+    def again() -> bool:
+        attempts = log_of(place, run).attempts
+        pods = {p.index: p for p in kubelet.pods.values() if p.job != first.job and p.engine is not None}
+        return len(pods) == 2 and (rank_step(pods[0].folder, 0) or 0) >= attempts[-1].step + 4
 
     # a machine goes, with everything on it
-    lost = kubelet.of(1)
-    kubelet.kill(lost)
-    server.remove(lost.collection, lost.name)
+    with caught(first.folder.parent, again, "the third attempt", 120, but=[old]):
+        state = log_of(place, run)
+        assert state.attempts[2].launch == f"{run}-k2"
+        assert state.attempts[2].body["cause"]["class"] == "preempted"
+        assert "state saved" in state.attempts[2].body["cause"]["text"]
+        lost = kubelet.of(1)
+        kubelet.kill(lost)
+        server.remove(lost.collection, lost.name)
     until(lambda: len(log_of(place, run).attempts) == 4, "the fourth attempt", 60.0)
 
     done = finish(driver, 120.0)
@@ -111,19 +117,20 @@ def test_ctrl_c_detaches_and_the_same_command_attaches(
     run, digest = undisturbed
     driver = train(place)
     until(lambda: len([p for p in kubelet.pods.values() if p.engine]) == 2, "two pods", 60.0)
-    reached(kubelet.of(0), 0, 8)
-    driver.send_signal(signal.SIGINT)
-    done = finish(driver)
+    with held(kubelet.of(0), 8):
+        driver.send_signal(signal.SIGINT)
+        done = finish(driver)
+        step = rank_step(kubelet.of(0).folder, 0)
     assert done.code == 85, done.err
     left = json.loads(done.out)
     assert (left["outcome"], left["reason"]) == ("stopped", "the gang trains on")
     assert "detaching: the gang trains on in the cluster" in done.err
     assert f"`hotstage runs resume {run}` attaches again, `hotstage runs cancel {run}` ends it" in done.err
     assert "saves" not in done.err
-    step = rank_step(kubelet.of(0).folder, 0)
     assert step is not None
-    reached(kubelet.of(0), 0, step + 8)
-    done = finish(train(place), 120.0)
+    with held(kubelet.of(0), step + 8):
+        again = train(place)
+    done = finish(again, 120.0)
     result = json.loads(done.out)
     assert (result["outcome"], result["attempts"], result["state_digest"]) == ("succeeded", 1, digest), done.err
 

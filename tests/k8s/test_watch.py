@@ -23,7 +23,7 @@ PODS_AT = "/api/v1/namespaces/train/pods"
 JOB = {"metadata": {"name": "x-k1", "uid": "j1", "labels": {"hotstage.dev/run": "x"}}, "spec": {"completions": 2}}
 
 
-def until(true: Callable[[], object], what: str, limit_s: float = 20.0) -> None:
+def until(true: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
     deadline = time.monotonic() + limit_s
     while not true():
         assert time.monotonic() < deadline, f"waited {limit_s} s for {what}"
@@ -51,7 +51,7 @@ def watcher(server: ApiServer) -> Iterator[ObjectWatcher[PodView]]:
 
 def started(watcher: ObjectWatcher[PodView]) -> ObjectWatcher[PodView]:
     watcher.start()
-    assert watcher.wait_synced(10.0)
+    assert watcher.wait_synced(60.0)
     return watcher
 
 

@@ -51,7 +51,7 @@ def tiny_spec(**changes: Any) -> RunSpec:
         "model": {"family": "gpt2", "layers": 4, "width": 32, "heads": 2, "context": 32},
         "train": {"steps": 12, "batch": 4, "microbatch": 2, "sequence": 16, "seed": 7},
         "checkpoint": {"every": 2, "slots": 3},
-        "launch": {"connect_s": 20.0, "stall_s": 20.0},
+        "launch": {"connect_s": 60.0, "stall_s": 60.0},
     }
     return parse_spec(value, [f"{name.replace('__', '.')}={json.dumps(v)}" for name, v in changes.items()])
 
@@ -280,14 +280,14 @@ class Connection:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self.sock.sendmsg([bytes(head) + payload], rights)
 
-    def receive(self, name: str, seconds: float = 20.0) -> Got:
+    def receive(self, name: str, seconds: float = 60.0) -> Got:
         """The next message, which must be of this name."""
         got = self.next(seconds)
         assert got is not None, f"the agent closed the connection instead of sending {name}"
         assert got.name == name, f"{got} instead of {name}"
         return got
 
-    def next(self, seconds: float = 20.0) -> Got | None:
+    def next(self, seconds: float = 60.0) -> Got | None:
         self.sock.settimeout(seconds)
         try:
             data, ancillary, _, _ = self.sock.recvmsg(wire.MSG_MAX, socket.CMSG_SPACE(64))

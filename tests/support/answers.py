@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 
-from tests.support.chaos import ask_to_stop, while_it_trains
+from tests.support.chaos import ask_to_stop, caught
 from tests.support.place import Done, Place, finish
 
 USAGE, DATA, LOST, REFUSED, STOPPED = 2, 65, 75, 78, 85
@@ -36,6 +36,6 @@ def resumed(place: Place, run: str, digest: str, *more: str) -> None:
 def stopped_after(place: Place, look: Callable[[], object], what: str) -> Done:
     """Start, wait for the moment, by which ranks train, and have the gang stop."""
     process = place.start_train()
-    while_it_trains(place.folder, look, what)
-    ask_to_stop(process, signal.SIGTERM, place.folder / "out")
+    with caught(place.folder, look, what):
+        ask_to_stop(process, signal.SIGTERM, place.folder / "out")
     return finish(process)

@@ -73,12 +73,17 @@ def draw(seed: int, places: tuple[str, ...], ranks: int, steps: range) -> list[F
 
 
 @contextlib.contextmanager
-def unleashed(fault: Fault, run_folder: Path, work: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The watcher at work beside what the block does; it is gone afterwards. Its exit code is 0 once it has killed."""
+def unleashed(
+    fault: Fault, run_folder: Path, work: Path, *, gang: Path | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The watcher at work beside what the block does; it is gone afterwards. Its exit code is 0 once it has killed.
+    Where it is late, or has no processor, the gang (below ``gang``; None: ``work``) waits for it.
+    """
     print(f"fault: {fault}")
     watcher = subprocess.Popen([sys.executable, "-m", "tests.support.chaos", str(fault), str(run_folder), str(work)])
     try:
-        yield watcher
+        with standing_still(gang or work, lambda: watcher.poll() is None, step=fault.step):
+            yield watcher
     finally:
         if watcher.poll() is None:
             watcher.kill()
@@ -99,9 +104,11 @@ def frozen(work: Path, rank: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def standing_still(work: Path, due: Callable[[], bool]) -> Iterator[None]:
-    """While something is due rank 0 below the folder stands still now and then: who looks seldom sees it train."""
-    over, held = threading.Event(), Held(work, 0)
+def standing_still(work: Path, due: Callable[[], bool], *, step: int = 0, but: Collection[int] = ()) -> Iterator[Held]:
+    """While something is due rank 0 below the folder stands still now and then, from a step on: who looks seldom sees
+    it train. ``but``: ranks of an attempt that is over.
+    """
+    over, held = threading.Event(), Held(work, step, but)
 
     def hold() -> None:
         while not over.wait(0.005) and due():
@@ -111,16 +118,29 @@ def standing_still(work: Path, due: Callable[[], bool]) -> Iterator[None]:
     holder = threading.Thread(target=hold, name="holder")
     holder.start()
     try:
-        yield
+        yield held
     finally:
         over.set()
         holder.join()
 
 
-def while_it_trains(work: Path, look: Callable[[], T | None], what: str, seconds: float = 60) -> T:
-    """`wait_for`, of a gang below the folder that does not end meanwhile."""
-    with standing_still(work, lambda: True):
-        return wait_for(look, what, seconds)
+@contextlib.contextmanager
+def caught(
+    work: Path,
+    look: Callable[[], T | None],
+    what: str,
+    seconds: float = 60,
+    *,
+    step: int = 0,
+    but: Collection[int] = (),
+) -> Iterator[T]:
+    """`wait_for`, of a gang below the folder that does not end meanwhile (`standing_still`). Inside the block its rank
+    0 stands still: the run cannot end before the test has acted, however late it is.
+    """
+    with standing_still(work, lambda: True, step=step, but=but) as held:
+        found = wait_for(look, what, seconds)
+        held.keep()
+        yield found
 
 
 def hurried(work: Path, look: Callable[[], T]) -> T:
@@ -187,7 +207,7 @@ def spoil_slots(work: Path) -> int:
 
 def kill_between_attempts(work: Path, rank: int, during: Callable[[], None], *, ahead: int = 0) -> None:
     """SIGKILL of a rank; ``during`` runs when no rank is left, before the agent hears of it. ``ahead``: steps that the
-    gang does meanwhile, whose snapshots are in memory alone.
+    gang does meanwhile, whose snapshots are in memory alone. A rank 0 that stands still goes on.
     """
     agent, pid = _of_kind(work, "agent"), rank_pid(work, rank)
     assert agent is not None, "no agent runs"
@@ -195,6 +215,8 @@ def kill_between_attempts(work: Path, rank: int, during: Callable[[], None], *, 
     os.kill(agent, signal.SIGSTOP)
     try:
         end = (step_of(pid) or 0) + ahead
+        if (first := rank_pid(work, 0)) is not None:
+            os.kill(first, signal.SIGCONT)
         wait_for(lambda: (step_of(pid) or 0) >= end, f"step {end}", 30)
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not any(args[1:2] == ["rank"] for _, args in pids_below(work)), "the ranks to end", 30)
@@ -320,8 +342,8 @@ def _in_rank(fault: Fault, work: Path, deadline: float) -> bool:
 
 def _strangers(work: Path) -> set[int]:
     """What runs now and does not work below the folder: it need not be looked at again."""
-    here = {pid for pid, _ in pids_below(work)}
-    return {int(name) for name in os.listdir("/proc") if name.isdigit()} - here
+    all_of_now = {int(name) for name in os.listdir("/proc") if name.isdigit()}  # before: what begins meanwhile is none
+    return all_of_now - {pid for pid, _ in pids_below(work)}
 
 
 def _of_kind(work: Path, word: str) -> int | None:
@@ -339,27 +361,40 @@ def _of_kind(work: Path, word: str) -> int | None:
 
 class Held:
     """Rank 0 below a folder, which stands still for a while each few steps from one on: what its node and its driver do
-    of that step has time to be seen, and the run does not end before."""
+    of that step has time to be seen, and the run does not end before. Each time for twice as long: also a run of few
+    steps takes minutes, which nobody needs but on a machine that is very busy."""
 
-    STEPS, S = 8, 0.25
+    STEPS, S, MOST_S = 8, 0.25, 15.0
     """There is a snapshot that goes to the store in so many steps."""
 
-    def __init__(self, work: Path, step: int) -> None:
-        self._work, self._strangers, self._next = work, _strangers(work), step + self.STEPS
+    def __init__(self, work: Path, step: int, but: Collection[int] = ()) -> None:
+        self._work, self._strangers, self._next = work, {*_strangers(work), *but}, step + self.STEPS
+        self._rank: int | None = None  # where it was found: a look at all processes takes longer than a few steps
         self._pid: int | None = None
-        self._until = 0.0
+        self._until, self._s = 0.0, self.S
+        self._kept = self._stands = False
 
     def look(self) -> None:
         now = time.monotonic()
-        if self._pid is not None and now > self._until:
+        if self._pid is not None and now > self._until and not self._kept:
             self.release()
         if self._pid is None:
-            pid = rank_pid(self._work, 0, self._strangers)
-            step = step_of(pid) if pid is not None else None
-            if pid is not None and step is not None and step > self._next:
+            step = step_of(self._rank) if self._rank is not None else None
+            if step is None:
+                self._rank = rank_pid(self._work, 0, self._strangers)
+                step = step_of(self._rank) if self._rank is not None else None
+            pid = self._rank
+            if pid is not None and step is not None and (self._kept or step > self._next):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
-                    self._pid, self._until, self._next = pid, now + self.S, step + self.STEPS
+                    self._pid, self._until, self._next = pid, now + self._s, step + self.STEPS
+                    self._s = min(2 * self._s, self.MOST_S)
+        self._stands = self._kept and self._pid is not None
+
+    def keep(self) -> None:
+        """From here on it stands still until it is released; somebody else looks."""
+        self._kept = True
+        wait_for(lambda: self._stands, "rank 0 to run and to stand still", 60)
 
     def release(self) -> None:
         if self._pid is not None:
@@ -381,23 +416,18 @@ def _outside(fault: Fault, run_folder: Path, work: Path, deadline: float) -> boo
         "driver": "manifests/*/manifest",
         "store": "chunks/*/*",
     }[fault.place]
-    held = Held(work, fault.step)
-    try:
-        while time.monotonic() < deadline:
-            for found in run_folder.glob(pattern):
-                if "live" not in pattern:
-                    step = int(found.relative_to(run_folder).parts[1].split("-")[0])
-                    there = step >= fault.step
-                else:
-                    there = _last_step(found) >= fault.step
-                pid = _of_kind(work, word) if there else None
-                if pid is not None and _kill(pid):
-                    return True
-            held.look()
-            time.sleep(0.002)
-        return False
-    finally:
-        held.release()
+    while time.monotonic() < deadline:
+        for found in run_folder.glob(pattern):
+            if "live" not in pattern:
+                step = int(found.relative_to(run_folder).parts[1].split("-")[0])
+                there = step >= fault.step
+            else:
+                there = _last_step(found) >= fault.step
+            pid = _of_kind(work, word) if there else None
+            if pid is not None and _kill(pid):
+                return True
+        time.sleep(0.002)
+    return False
 
 
 def _last_step(segment: Path) -> int:

@@ -12,7 +12,6 @@ Uses what ``tests/support/chaos.py`` sees of processes from outside.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -21,11 +20,9 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from checkpoint.errors import CheckpointError
 from checkpoint.log import RunLog, RunState
@@ -36,6 +33,7 @@ from flows.prefect_api import OPEN_STATES
 from flows.prefect_server import PrefectServer
 from tests.support.chaos import pids_below
 from tests.support.place import LASTING, ROOT, Place
+from tests.support.prefect import Api
 from tests.support.wait import wait_for
 
 VICTIMS = ("driver", "schedule", "server", "driver", "schedule", "driver")  # four kills are of all three
@@ -157,12 +155,7 @@ class Scene:
         return max(alive, key=lambda note: note.at).pid if alive else None
 
     def open_flow_runs(self) -> list[str]:
-        body = {"flow_runs": {"state": {"type": {"any_": OPEN_STATES}}}}
-        request = urllib.request.Request(
-            f"{self.server.api}/flow_runs/filter", json.dumps(body).encode(), {"content-type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            rows: list[dict[str, Any]] = json.loads(reply.read())
+        rows = Api(self.server).flow_runs(state={"type": {"any_": list(OPEN_STATES)}})
         return [f"{row['name']} ({row['state_type']})" for row in rows]
 
     # --- kills ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.support.wait import wait_for
 _ENGINES = ("hotstage-engine", "node_drive")
 _AGENT = "checkpoint.agent"
 _WORDS = tuple(word.encode() for word in (*_ENGINES, _AGENT))
-LEAVE_S = 15.0  # for what was told to leave: an agent's last uploads, a rank's last words
+LEAVE_S = 60.0  # for what was told to leave: an agent's last uploads, a rank's last words
 
 
 def newest_process() -> str:

@@ -50,9 +50,6 @@ stages = 2
 threads = 1
 [checkpoint]
 every = 4
-[launch]
-stall_s = 20.0
-connect_s = 20.0
 [recovery]
 backoff_s = 0.05
 """
@@ -66,7 +63,7 @@ LONG = (
 )
 """For tests that act while a run trains: a fast machine has 60 steps behind it before they do. Steps of some
 milliseconds, so that a watcher that waits for a processor does not miss a hundred of them; what a driver sees, who
-looks each second or two, is not counted on but waited for (``while_it_trains``, ``frozen``)."""
+looks each second or two, is not counted on but waited for (``caught``)."""
 
 
 LEARNT = SPEC.replace("width = 32", "width = 64").replace("sequence = 16", "sequence = 64")
@@ -188,7 +185,7 @@ class Place:
     def rank_pids(self) -> list[int]:
         return [pid for pid, line in self.left().items() if "hotstage-engine rank" in line]
 
-    def all_gone(self, seconds: float = 15) -> None:
+    def all_gone(self, seconds: float = 60) -> None:
         """Fail where something still runs after a while."""
         wait_for(lambda: not self.left(), f"the processes to leave: {self.left()}", seconds)
 

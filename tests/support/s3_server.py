@@ -66,6 +66,7 @@ class S3Server:
             self.process = self.start(self.port)
             if _healthy(self.process, self.host, self.port):
                 return
+            self.kill()
         raise RuntimeError(f"versitygw does not start again on port {self.port}")
 
     @property
@@ -208,7 +209,7 @@ def statements(role: str) -> list[dict[str, Any]]:
 
 
 def _healthy(process: subprocess.Popen[bytes], host: str, port: int) -> bool:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while time.monotonic() < end and process.poll() is None:
         try:
             with urllib.request.urlopen(f"http://{host}:{port}/health", timeout=2) as answer:

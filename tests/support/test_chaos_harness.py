@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from tests.support.chaos import _kill, spoil_arenas
+import pytest
+
+from tests.support.chaos import _kill, _strangers, pids_below, spoil_arenas
 from tests.support.wait import wait_for
 
 # a supervisor as seen from outside: it keeps an arena, and opens and closes descriptors all the time
@@ -32,3 +36,23 @@ def test_arenas_of_a_busy_supervisor_are_spoiled(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert not _kill(process.pid)
+
+
+def test_a_rank_that_begins_while_all_are_looked_at_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was one for ever: who waited for its step saw no rank, and the run was over."""
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def looked(*args: Any) -> Iterator[tuple[int, list[str]]]:
+        yield from pids_below(*args)
+        ranks.append(subprocess.Popen(["sleep", "600"], cwd=tmp_path))
+
+    monkeypatch.setattr("tests.support.chaos.pids_below", looked)
+    try:
+        strangers = _strangers(tmp_path)
+        assert ranks[0].pid not in strangers
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

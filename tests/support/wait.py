@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(look: Callable[[], T | None], what: str, seconds: float = 20.0, every_s: float = 0.005) -> T:
+def wait_for(look: Callable[[], T | None], what: str, seconds: float = 60.0, every_s: float = 0.005) -> T:
     """What ``look`` gives once it gives something; AssertionError, saying what was waited for, after the deadline.
     ``every_s``: a server that is asked by each look has other work too.
     """

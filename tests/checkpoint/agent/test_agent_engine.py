@@ -15,7 +15,7 @@ import pytest
 from checkpoint import keys
 from checkpoint.log import CheckpointInfo
 from tests.support.agents import Run, make_run, put_dataset, tiny_spec, wait_for
-from tests.support.chaos import rank_pid, rank_step, step_of
+from tests.support.chaos import caught, rank_pid, rank_step, step_of
 from tests.support.processes import stop
 from tests.support.s3_server import S3Server
 from trainer import wire
@@ -54,24 +54,22 @@ def idle(run: Run, epoch: int, nodes: int = 1) -> list[dict[str, Any]]:
     return wait_for(look, f"attempt {epoch} to be over", 60)
 
 
-def reached(run: Run, root: Path, step: int) -> dict[str, Any]:
-    """The status of node 0 once its rank 0 is at this step. The rank stands still until its agent has written that: a
-    fast machine's run may be over by then.
+@contextmanager
+def reached(run: Run, root: Path, step: int, *, saved: bool = False) -> Iterator[dict[str, Any]]:
+    """The status of node 0 once its rank 0 is at this step (and a checkpoint is ``saved``). The rank stands still
+    inside the block: a fast machine's run would be over before the test has read that, and acted.
     """
+
+    def there() -> bool:
+        return (rank_step(root, 0) or 0) >= step and bool(not saved or run.fold().checkpoints)
 
     def running() -> dict[str, Any] | None:
         found = run.status()
         pids = [ranked["pid"] for ranked in found["ranks"].values()] if found and found["phase"] == "running" else []
-        return found if rank in pids and all(pids) else None
+        return found if rank_pid(root, 0) in pids and all(pids) else None
 
-    wait_for(lambda: (rank_step(root, 0) or 0) >= step, f"step {step}", 60)
-    rank = rank_pid(root, 0)
-    assert rank is not None
-    stop(rank)
-    try:
-        return wait_for(running, "the ranks", 60)
-    finally:
-        os.kill(rank, signal.SIGCONT)
+    with caught(root, there, f"step {step}", step=step):
+        yield wait_for(running, "the ranks", 60)
 
 
 def spec_of(**changes: Any) -> RunSpec:
@@ -102,8 +100,8 @@ def test_a_killed_rank_and_the_next_attempt_from_the_slots(tmp_path: Path, undis
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, tmp_path, 60)
-        os.kill(status["ranks"]["0"]["pid"], signal.SIGKILL)
+        with reached(run, tmp_path, 60) as status:
+            os.kill(status["ranks"]["0"]["pid"], signal.SIGKILL)
         statuses = idle(run, first, nodes)
         assert statuses[0]["ranks"]["0"]["signal"] == signal.SIGKILL
         slots = newest_in_slots(statuses)
@@ -124,8 +122,8 @@ def test_memory_and_store_have_cadences_of_their_own(tmp_path: Path, undisturbed
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, tmp_path, 60)
-        os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
+        with reached(run, tmp_path, 60) as status:
+            os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
         slots = newest_in_slots(idle(run, first))
         assert slots["step"] % 5 == 0
         checkpoint = run.fold().at_step()
@@ -141,14 +139,13 @@ def test_with_the_agent_stopped_and_every_slot_held_training_goes_on(tmp_path: P
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         epoch = run.attempt(spec, plan)
-        status = reached(run, tmp_path, 1)
-        agent, rank = status["pid"], status["ranks"]["0"]["pid"]
-        stop(rank)
-        stop(agent)
-        try:
+        with reached(run, tmp_path, 1) as status:
+            agent, rank = status["pid"], status["ranks"]["0"]["pid"]
+            stop(rank)
+            stop(agent)
             hold_slots(agent, True)
             began = (step_of(rank) or 0) + 2
-            os.kill(rank, signal.SIGCONT)
+        try:
             wait_for(lambda: (step_of(rank) or 0) >= STEPS - 10, "nearly the last step", 60)
             hold_slots(agent, False)
         finally:
@@ -194,9 +191,8 @@ def test_resume_from_the_store_on_another_number_of_stages(tmp_path: Path, undis
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, tmp_path, 60)
-        wait_for(lambda: run.fold().checkpoints, "a checkpoint")
-        os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
+        with reached(run, tmp_path, 60, saved=True) as status:
+            os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
         idle(run, first)
         other = spec_of(parallel__stages=stages)
         info = run.fold().restore_candidates()[0]
@@ -214,8 +210,8 @@ def test_a_killed_agent_costs_nothing(tmp_path: Path, undisturbed: str) -> None:
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out") as (launcher, launch):
         epoch = run.attempt(spec, plan)
-        before = reached(run, tmp_path, 60)
-        _kill_agent(before)
+        with reached(run, tmp_path, 60) as before:
+            _kill_agent(before)
         wait_for(lambda: launcher.observe(launch.launch_id).state == "partial", "the agent's death to be seen")
         launcher.ensure(launch)
         found = last(run)
@@ -234,8 +230,8 @@ def test_a_killed_supervisor_ends_the_attempt_and_the_next_one_starts_in_place(
     run, plan = make_run(tmp_path, spec)
     with launched(run, spec, tmp_path / "out") as (launcher, launch):
         first = run.attempt(spec, plan)
-        status = reached(run, tmp_path, 60)
-        os.kill(status["supervisor"], signal.SIGKILL)
+        with reached(run, tmp_path, 60) as status:
+            os.kill(status["supervisor"], signal.SIGKILL)
         (status,) = idle(run, first)
         assert {r["code"] for r in status["ranks"].values()} == {75}
         slots = newest_in_slots([status])
@@ -253,9 +249,8 @@ def test_on_s3(tmp_path: Path, undisturbed: str, server: S3Server, monkeypatch: 
     run, plan = make_run(tmp_path, spec, server.url("agent-engine"))
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        status = reached(run, tmp_path, 100)
-        wait_for(lambda: run.fold().checkpoints, "a checkpoint")
-        os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
+        with reached(run, tmp_path, 100, saved=True) as status:
+            os.kill(status["ranks"]["1"]["pid"], signal.SIGKILL)
         idle(run, first)
         info = run.fold().restore_candidates()[0]
         run.attempt(spec, plan, checkpoint=info.n, step=info.step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,24 +114,6 @@ def test_a_newer_attempt_of_the_same_launch_ends_the_older_one(one: Started) -> 
     late.send("HELLO", rank=0, epoch=one.epoch)
     assert late.next() is None
     late.close()
-
-
-def test_slots_of_ranks_whose_supervisor_is_out_of_sight_are_not_written(one: Started) -> None:
-    """Its connection ended, and its ranks run on: a newer attempt must not clear their slots before they are gone."""
-    (node,), (rank,) = one.nodes, one.ranks
-    index = rank.fill(2, state_bytes(one.layout, 0, 2))
-    committed(one.run, 2)
-    node.link.close()
-    wait_for(lambda: "the supervisor's connection ended" in one.agents[0].log(), "the loss to be noticed")
-    second = one.run.attempt(one.spec, one.plan)
-    wait_for(lambda: f"ranks of attempt {one.epoch} are killed" in one.agents[0].log(), "the newer attempt to begin")
-    node.link = Connection(node.work)
-    node.link.send("HELLO", epoch=one.epoch, a=os.getpid(), b=1)
-    assert node.link.receive("KILL").epoch == one.epoch
-    assert (rank.header(index).state, rank.header(index).step) == (wire.SLOT_READY, 2)
-    node.end(75)
-    node.start()
-    assert node.ranks[0].epoch == second
 
 
 def test_an_unreadable_record_halts(one: Started) -> None:

@@ -30,7 +30,6 @@ SPEC: dict[str, Any] = {
     "train": {"steps": STEPS, "batch": 8, "microbatch": 2, "sequence": 16, "seed": 7},
     "parallel": {"threads": 1},
     "checkpoint": {"every": 25, "slots": 3},
-    "launch": {"connect_s": 20.0, "stall_s": 20.0},
 }
 CACHED = f"data.cache_gib={CACHE / (1 << 30)!r}"
 
@@ -62,13 +61,14 @@ def test_a_corpus_of_ten_times_the_cache_gives_the_same_bits_whoever_is_killed(t
     run, spec, plan, _ = made(tmp_path, CACHED, "parallel.stages=3", "launch.nodes=3", mixed=True)
     with launched(run, spec, tmp_path / "out") as (launcher, launch):
         first = run.attempt(spec, plan)
-        status = reached(run, tmp_path, 60)
-        os.kill(status["ranks"]["0"]["pid"], signal.SIGKILL)
+        with reached(run, tmp_path, 60) as status:
+            os.kill(status["ranks"]["0"]["pid"], signal.SIGKILL)
         slots = newest_in_slots(idle(run, first, 3))
         point = run.fold().at_step()
         second = run.attempt(spec, plan, checkpoint=point.n if point else None, step=slots["step"], slots=slots)
-        wait_for(lambda: (s := run.status()) and s["epoch"] == second and s["phase"] == "running", "attempt 2", 60)
-        os.kill(reached(run, tmp_path, 100)["pid"], signal.SIGKILL)
+        with reached(run, tmp_path, 100) as status:
+            assert status["epoch"] == second
+            os.kill(status["pid"], signal.SIGKILL)
         wait_for(lambda: launcher.observe(launch.launch_id).state == "partial", "the agent's death to be seen")
         launcher.ensure(launch)
         found = last(run, STEPS)
@@ -92,9 +92,9 @@ def test_data_that_does_not_come_is_lost_in_the_end_and_damaged_data_refused(tmp
     run, spec, plan, dataset = made(tmp_path, CACHED, "launch.stall_s=2.0", "train.steps=4000")
     with launched(run, spec, tmp_path / "out"):
         first = run.attempt(spec, plan)
-        agent = reached(run, tmp_path, 20)["pid"]
-        os.kill(agent, signal.SIGSTOP)
-        rank = run.status()["ranks"]["0"]["pid"]  # type: ignore[index]
+        with reached(run, tmp_path, 20) as status:
+            agent, rank = status["pid"], status["ranks"]["0"]["pid"]
+            os.kill(agent, signal.SIGSTOP)
         wait_for(lambda: not Path(f"/proc/{rank}").exists(), "the rank to give up", 30)
         os.kill(agent, signal.SIGCONT)
         (status,) = idle(run, first)

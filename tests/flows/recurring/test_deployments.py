@@ -265,7 +265,7 @@ def test_schedules_are_listed_paused_resumed_and_removed(
     assert "train/managed is gone, and" in capsys.readouterr().out
     one.thread.join(60)  # who served it ends by itself
     assert not one.thread.is_alive()
-    assert one.said[-1] == "the deployment was taken away: this schedule ends"
+    assert "the deployment was taken away: this schedule ends" in one.said
     assert not prefect.ask("deployments/filter", {"deployments": {"name": {"any_": ["managed"]}}})
     assert not prefect.flow_runs(state={"type": {"any_": ["SCHEDULED"]}}, deployment_id={"any_": [str(made)]})
 
