@@ -165,7 +165,7 @@ def test_the_heartbeat_does_not_wait_for_a_trace(tmp_path: Path) -> None:
     try:
         hints.begin(1)
         hints.trace(0, path)
-        assert inside.wait(20)
+        assert inside.wait(60)
         for beat in (b"one", b"two", b"three"):
             hints.status(beat)
             wait_for(lambda b=beat: store.head(key) and store.get(key) == b, "the heartbeat")  # type: ignore[misc]

@@ -22,6 +22,7 @@ import pytest
 from checkpoint.codec import pack
 from checkpoint.store import open_store
 from tests.support.answers import DATA, LOST, REFUSED, STOPPED, refused, resumed, stopped_after
+from tests.support.chaos import caught
 from tests.support.hostile_s3 import hostile_s3
 from tests.support.place import LEARNT, STEPS, Done, Place, finish
 from tests.support.undisturbed import undisturbed_run
@@ -289,6 +290,14 @@ def mounted(folder: Path, options: str) -> Iterator[Callable[[str], None]]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def filled(rest: Path, pages: int) -> None:
+    """The file takes what its file system has but for so many pages."""
+    with contextlib.suppress(OSError), open(rest, "wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    os.truncate(rest, rest.stat().st_size - pages * 4096)
+
+
 def test_a_store_that_is_read_only(place: Place) -> None:
     with mounted(place.folder / "ro", "size=8m,ro"):
         place.env["HOTSTAGE_STORE"] = str(place.folder / "ro")
@@ -300,10 +309,7 @@ def test_a_work_folder_whose_disk_is_full(place: Place) -> None:
     """Not even the mark of an agent that starts can be kept there: the command says why."""
     tiny = place.folder / "tiny"
     with mounted(tiny, "size=256k"):
-        with contextlib.suppress(OSError), open(tiny / "rest", "wb", buffering=0) as rest:
-            while rest.write(b"x" * 4096):
-                pass
-        os.truncate(tiny / "rest", (tiny / "rest").stat().st_size - 4 * 4096)  # the launch's own files
+        filled(tiny / "rest", 4)  # the launch's own files
         done = place.call("train", "spec.toml", "--no-prefect", "--json", "--out", str(tiny))
         refused(done, LOST, str(tiny), "that folder's disk is full: free space, or choose another with --out")
         place.stop_all()
@@ -312,10 +318,13 @@ def test_a_work_folder_whose_disk_is_full(place: Place) -> None:
 def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, undisturbed: tuple[str, str]) -> None:
     """Training goes on; the terminal says why nothing is saved; with room again the same attempt ends well."""
     _, digest = undisturbed
-    with mounted(place.folder / "small", "size=2m") as remount:
-        place.env["HOTSTAGE_STORE"] = str(place.folder / "small")
+    small = place.folder / "small"
+    with mounted(small, "size=8m") as remount:
+        place.env["HOTSTAGE_STORE"] = str(small)
         process = place.start_train()
         try:
+            with caught(place.folder, lambda: list(small.glob("runs/*/manifests/*/manifest")), "a checkpoint"):
+                filled(small / "rest", 16)  # not by checkpoints: how many there are depends on the machine
             said = b""
             assert process.stderr is not None
             while b"is full" not in said:

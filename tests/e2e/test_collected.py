@@ -75,7 +75,7 @@ def test_killed_and_collected_under_three_identities(
         passes.append(collect(stores["collector"], name))
         return points(stores["reader"], name) == staying
 
-    wait_for(small, "the store to be small", 20)
+    wait_for(small, "the store to be small")
     assert [p for p in passes if p.refused or p.unknowns] == []
     assert verify_run(stores["reader"], name, "full").ok
 
@@ -88,7 +88,7 @@ def test_in_a_folder_the_driver_collects(place: Place, undisturbed: tuple[str, s
     state = RunLog(open_store((place.folder / "store").as_uri()), name).fold()
     assert state.buried  # nobody but the driver has looked yet
     store = open_store((place.folder / "store").as_uri())
-    wait_for(lambda: collect(store, name) and len(points(store, name)) == 2, "the store to be small", 20)
+    wait_for(lambda: collect(store, name) and len(points(store, name)) == 2, "the store to be small")
     rows = json.loads(place.said("ckpt", "ls", name, "--json"))
     newest = [info.step for info in state.lineage()[:2]]
     # in the order of their records: an earlier step may be committed behind a later one

@@ -221,10 +221,10 @@ def test_a_replay_that_is_killed_leaves_no_process(trained: Trained, tmp_path: P
     out = tmp_path / "out"
     process = place.start("replay", trained.run, "--from", "0", "--to", "60", "--out", str(out))
     try:
-        wait_for(lambda: list(out.glob("replay/*/1/out/runs/*/*/node0/supervisor.pid")), "the gang", 30)
+        wait_for(lambda: list(out.glob("replay/*/1/out/runs/*/*/node0/supervisor.pid")), "the gang")
         process.kill()
         process.communicate()
-        wait_for(lambda: not below(out), f"its processes to leave: {below(out)}", 30)
+        wait_for(lambda: not below(out), f"its processes to leave: {below(out)}")
     finally:
         for pid in below(out):
             os.kill(pid, signal.SIGKILL)

@@ -206,4 +206,4 @@ def test_mutated_messages_do_not_bring_a_supervisor_down(engine: Path, tmp_path:
         # a mutated PREPARE may have bound some listeners more; kept descriptors would be four a message
         assert open_fds < before + 5 * count, "descriptors that came with messages are kept"
         node.process.send_signal(signal.SIGTERM)
-        assert node.process.wait(20) == 143, node.log.read_text()[-3000:]
+        assert node.process.wait(60) == 143, node.log.read_text()[-3000:]

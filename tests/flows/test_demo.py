@@ -83,7 +83,7 @@ def test_a_demo_that_is_left_leaves_nothing_running(place: Place) -> None:
     process = place.start("demo", "--out", "demo", "--no-prefect", *SHORT, "--set", "train.steps=100000")
     wait_for(lambda: any(place.folder.glob("demo/store/runs/*/live/*/metrics/*")), "the first step", 60)
     process.send_signal(signal.SIGINT)
-    done = finish(process, 30)
+    done = finish(process)
     assert done.code == 130, done.out + done.err
     place.all_gone(20)
 
@@ -100,7 +100,7 @@ def test_the_first_step_waits_for_no_page(place: Place) -> None:
     wait_for(lambda: any(place.folder.glob("demo/store/runs/*/live/*/metrics/*")), "the first step", 60)
     assert (place.folder / "server-asked-for").exists()  # before the data were there: both begin side by side
     process.send_signal(signal.SIGINT)
-    done = finish(process, 30)
+    done = finish(process)
     assert done.code == 130, done.out + done.err
     assert "attempt 1: at step 0 from the start" in done.out
     assert "Prefect" not in done.out + done.err, done.out + done.err

@@ -109,7 +109,7 @@ def test_a_run_that_gives_up_is_a_failed_flow_run(prefect: Api, hosted: Place) -
     assert flow_run["state_type"] == "FAILED"
     assert result["reason"] in flow_run["state"]["message"]
     assert all(json.loads(line) for line in done.err.splitlines())
-    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "FAILED", "the attempt's end", 20, 0.1)
+    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "FAILED", "the attempt's end", 60, 0.1)
     assert attempt_of(prefect, flow_run)["state"]["message"] == result["reason"]
 
 
@@ -142,7 +142,7 @@ def test_a_stopped_run_is_a_cancelled_flow_run_and_goes_on(prefect: Api, hosted:
     name = said[1]
     (flow_run,) = prefect.named(name)
     assert flow_run["state_type"] == "CANCELLED"
-    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "CANCELLED", "the attempt's end", 20, 0.1)
+    wait_for(lambda: attempt_of(prefect, flow_run)["state_type"] == "CANCELLED", "the attempt's end", 60, 0.1)
     assert "stopped" in flow_run["state"]["message"]
 
 

@@ -93,7 +93,7 @@ class World:
                 on_part=lambda *_: stored.set(), on_idle=lambda: None, on_error=lambda _: None,
             )  # fmt: skip
             uploader.begin(Source(epoch, layout, table, 20.0))
-            assert stored.wait(20)
+            assert stored.wait(60)
             wait_for(lambda: uploader.idle, "the upload to end")
             uploader.close()
         assert table.close()

@@ -57,7 +57,7 @@ class Node:
     def hear(self, kind: type[ev.Event]) -> Any:
         """The next event of this kind, once it is posted."""
         while not any(isinstance(event, kind) for event in self.events):
-            self.posted.get(timeout=20)()
+            self.posted.get(timeout=60)()
         found = next(event for event in self.events if isinstance(event, kind))
         self.events.remove(found)
         return found
@@ -124,7 +124,7 @@ def test_ports_of_a_supervisor_that_is_lost_are_not_put_together(node: Node, lin
         actions.run(do.Meet(gang, ev.Address("127.0.0.1", [1, 2])))
         (old,) = [thread for thread in threading.enumerate() if thread.name == "peers" and thread not in before]
         actions.run(do.Meet(gang, ev.Address("127.0.0.1", [3, 4])))
-        old.join(20)
+        old.join(60)
         assert not old.is_alive()
         for other in range(1, nodes):
             address = codec.pack_hint({"host": "h", "ports": [5, 6]})

@@ -49,7 +49,7 @@ def test_an_engine_cannot_have_the_agents_own_files_published(one: Started) -> N
     assert rank.link.receive("COMMITTED").a == 4
     one.nodes[0].end(0)
     one.run.log.append("ended", {"outcome": "cancelled", "reason": "enough", "step": 4}, one.run.fold())
-    assert one.agents[0].process.wait(20) == 0
+    assert one.agents[0].process.wait(60) == 0
     folder = keys.run_key(one.run.name, "live", str(one.epoch), "trace")
     assert [(info.key, one.run.store.get(info.key)) for info in one.run.store.list(f"{folder}/")] == [
         (f"{folder}/0", honest.read_bytes())
@@ -97,7 +97,7 @@ def test_whole_cycle(tmp_path: Path) -> None:
             run.fold(),
         )
         assert node.link.receive("END").name == "END"
-        assert process.process.wait(20) == 0
+        assert process.process.wait(60) == 0
         assert (process.work / "done").read_text() == "ended"
         node.close()
     assert first is not None

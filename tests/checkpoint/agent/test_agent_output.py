@@ -98,14 +98,14 @@ def test_a_rank_that_prints_first_while_another_is_written_loses_nothing() -> No
         def put(self, key: str, data: Data) -> None:
             if "/logs/0/" in key and not inside.is_set():
                 inside.set()
-                assert go.wait(20)
+                assert go.wait(60)
             super().put(key, data)
 
     store = Slow()
     with hints(store) as made:
         made.begin(1)
         made.output(0, b"zero")
-        assert inside.wait(20)
+        assert inside.wait(60)
         for rank in range(1, 9):
             made.output(rank, b"%d" % rank)
         go.set()

@@ -66,7 +66,7 @@ def save(run: Run, layout: PlanLayout, step: int, epoch: int) -> SlotTable:
             on_error=lambda _: None,
         )
         uploader.begin(Source(epoch, layout, table, 20.0))
-        assert parts.wait(20)
+        assert parts.wait(60)
         wait_for(lambda: uploader.idle, "the upload to end")
         uploader.close()
     return table

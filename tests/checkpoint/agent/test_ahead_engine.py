@@ -95,7 +95,7 @@ def test_data_that_does_not_come_is_lost_in_the_end_and_damaged_data_refused(tmp
         with reached(run, tmp_path, 20) as status:
             agent, rank = status["pid"], status["ranks"]["0"]["pid"]
             os.kill(agent, signal.SIGSTOP)
-        wait_for(lambda: not Path(f"/proc/{rank}").exists(), "the rank to give up", 30)
+        wait_for(lambda: not Path(f"/proc/{rank}").exists(), "the rank to give up")
         os.kill(agent, signal.SIGCONT)
         (status,) = idle(run, first)
         end = status["ranks"]["0"]

@@ -126,7 +126,7 @@ def test_a_checkpoints_life_under_three_identities(stores: dict[str, Store]) -> 
         found = {keys.point_of(name) for name in names(stores["reader"], RUN, "chunks/", "manifests/")}
         return found == {(30, 1), (40, 1)}
 
-    wait_for(gone, "step 10 and 20 to be gone", 20)
+    wait_for(gone, "step 10 and 20 to be gone")
     assert set(collector.fold().buried) == {2, 3}
 
 

@@ -122,7 +122,7 @@ def test_a_talk_at_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
     terminal.write("\x03")
     assert "tokens are forgotten from here on" in terminal.waiting("> ")
     terminal.write("\x04")
-    assert terminal.process.wait(30) == 0
+    assert terminal.process.wait(60) == 0
     assert not list(tmp_path.iterdir()), "of the weights nothing is left"
 
 
@@ -133,10 +133,10 @@ def test_a_talk_that_is_ended_leaves_nothing(terminal: Terminal, tmp_path: Path,
     terminal.until(f"{PROMPT}\n")
     terminal.until(" ", 3)
     # none for a moment, where one with a longer window takes the place of the first
-    engines = wait_for(lambda: children(terminal.process.pid), "an engine", 20)
+    engines = wait_for(lambda: children(terminal.process.pid), "an engine")
     os.kill(terminal.process.pid, number)
-    terminal.process.wait(30)
-    wait_for(lambda: not any(alive(pid) for pid in engines), "the engine to leave", 20)
+    terminal.process.wait(60)
+    wait_for(lambda: not any(alive(pid) for pid in engines), "the engine to leave")
     assert not list(tmp_path.iterdir())
 
 

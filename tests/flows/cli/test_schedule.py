@@ -48,7 +48,7 @@ def test_each_firing_is_a_new_run(prefect: Api, hosted: Place, scheduling: list[
     fires = re.findall(r"^  fires \w{3} (\S+ \S+) \+0000 \(UTC\)$", done.out, re.MULTILINE)
     assert len(fires) == 3  # the next ones
     for flow_run in completed:
-        wait_for(lambda f=flow_run: len(done_tasks(prefect, f)) == 3, "its task runs", 20, 0.1)
+        wait_for(lambda f=flow_run: len(done_tasks(prefect, f)) == 3, "its task runs", 60, 0.1)
         assert sorted(done_tasks(prefect, flow_run)) == ["attempt 1", "compile plan", "prepare data"]
     assert not of(prefect, "often", "FAILED")
 

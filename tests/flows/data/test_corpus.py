@@ -341,7 +341,7 @@ def test_a_long_call_says_where_it_stands() -> None:
         told.set()
 
     with telling(say, lambda: "data: half of it", every_s=0.001):
-        assert told.wait(30)
+        assert told.wait(60)
     assert said[0].startswith("data: half of it (")
 
 

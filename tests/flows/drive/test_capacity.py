@@ -244,7 +244,7 @@ def test_open_runs_of_a_cluster_want_a_driver(place: Any, monkeypatch: pytest.Mo
     assert load_run(store, prepared.run).nodes == 2
     run.cancel()
     cluster.views = {name: LaunchView(name, "done") for name in cluster.views}  # its nodes leave
-    assert run.wait(30.0)
+    assert run.wait(60)
     assert not wants_driver(log.fold())
 
 

@@ -280,7 +280,7 @@ def test_a_folder_that_was_deleted_under_its_agent(tmp_path: Path) -> None:
         assert view.state == "elsewhere"
         assert re.search(rf"its agents \(pid [^)]*\b{process.process.pid}\b[^)]*\) run on", view.note), view.note
         process.kill()
-        wait_for(lambda: launcher.observe(run.launch).state == "lost", "the agent's end to be seen", 15)
+        wait_for(lambda: launcher.observe(run.launch).state == "lost", "the agent's end to be seen")
         view = launcher.observe(run.launch)
         assert view.loss is not None
         assert "its folder and its processes are gone" in view.loss.text

@@ -33,7 +33,7 @@ class Held(FileStore):
     def list(self, prefix: str, start_after: str = "") -> Any:
         if threading.current_thread().name == "collect":
             self.asked.set()
-            assert self.go.wait(30)
+            assert self.go.wait(60)
             if self.raises is not None:
                 raise self.raises
         return super().list(prefix, start_after)
@@ -55,26 +55,26 @@ def test_a_look_returns_while_a_pass_is_at_work_and_a_pass_follows_news(tmp_path
     assert not store.asked.is_set()  # two checkpoints: nothing to do
     state = save(store, log, state, 30)
     collecting.look(state)
-    assert store.asked.wait(10)
+    assert store.asked.wait(60)
     for _ in range(100):
         collecting.look(state)  # it comes back, whatever the pass waits for
     store.go.set()
-    wait_for(lambda: len(done) == 1, "the pass", 20)
+    wait_for(lambda: len(done) == 1, "the pass")
     assert [info.step for info in done[0].given_up] == [10]
     state = save(store, log, log.fold(), 40)
     collecting.look(state)  # news, but too soon
     clock.now += SOON_S
-    wait_for(lambda: not collecting.busy, "the thread to be idle", 20)
+    wait_for(lambda: not collecting.busy, "the thread to be idle")
     collecting.look(state)
-    wait_for(lambda: len(done) == 2, "the pass", 20)
+    wait_for(lambda: len(done) == 2, "the pass")
     assert [info.step for info in done[1].given_up] == [20]
-    wait_for(lambda: not collecting.busy, "the thread to be idle", 20)
+    wait_for(lambda: not collecting.busy, "the thread to be idle")
     clock.now += EVERY_S - 1
     collecting.look(state)
     assert not collecting.busy  # nothing new
     clock.now += 1
     collecting.look(state)
-    wait_for(lambda: len(done) == 3, "the pass for what waits", 20)
+    wait_for(lambda: len(done) == 3, "the pass for what waits")
     collecting.close()
 
 
@@ -89,12 +89,12 @@ def test_what_goes_wrong_is_said_and_the_next_pass_goes_on(
     collecting = Collecting(store, RUN, clock=clock, collected=done.append)
     with caplog.at_level(logging.WARNING):
         collecting.look(state)
-        wait_for(lambda: store.asked.is_set() and not collecting.busy, "the pass to fail", 20)
+        wait_for(lambda: store.asked.is_set() and not collecting.busy, "the pass to fail")
     assert "old checkpoints are not collected" in caplog.text
     store.raises = None
     clock.now += EVERY_S
     collecting.look(state)
-    wait_for(lambda: len(done) == 1, "the pass", 20)
+    wait_for(lambda: len(done) == 1, "the pass")
     collecting.close()
 
 
@@ -103,10 +103,10 @@ def test_a_pass_that_is_cut_short_by_the_end_keeps_nobody(tmp_path: Path) -> Non
     _, state = run_of(store, KEEP, 10, 20, 30)
     collecting = Collecting(store, RUN)
     collecting.look(state)
-    assert store.asked.wait(10)
+    assert store.asked.wait(60)
     collecting.close()  # comes back; the thread is a daemon
     store.go.set()
-    wait_for(lambda: "collect" not in {t.name for t in threading.enumerate()}, "the thread to leave", 20)
+    wait_for(lambda: "collect" not in {t.name for t in threading.enumerate()}, "the thread to leave")
 
 
 @pytest.mark.parametrize(

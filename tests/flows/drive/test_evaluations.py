@@ -142,7 +142,7 @@ def test_what_works_beside_ends_with_the_driver() -> None:
     at_work.look(spec("validation.every=1"), line(store, 10), 60)
     (child,) = [lane.child for lane in at_work._lanes if lane.child is not None]
     at_work.close()
-    assert child.process.wait(20) in (3, -15)  # it saw the end of its input, or the signal first
+    assert child.process.wait(60) in (3, -15)  # it saw the end of its input, or the signal first
 
 
 def test_at_the_run_s_end_the_last_checkpoint_comes_first_and_at_once() -> None:
@@ -157,7 +157,7 @@ def test_at_the_run_s_end_the_last_checkpoint_comes_first_and_at_once() -> None:
     state = log.append("checkpoint", point_body(60, state.epoch), state, epoch=state.epoch)
     at_work.finish(whole, state, 60, lambda: False)
     assert [facts["step"] for facts in told] == [60]
-    old.process.wait(20)
+    old.process.wait(60)
     nice, ordinary = (ChildProcess.begin(python("import os; print(os.nice(0))"), low=low) for low in (True, False))
     wait_for(lambda: nice.ended() == ordinary.ended() == 0, "their ends")
     assert (int(nice.said()), int(ordinary.said())) == (19, os.nice(0))

@@ -106,7 +106,7 @@ def cancel(reconciler: Reconciler) -> None:
         assert isinstance(launcher, Cluster)
         launcher.left = True
         run.cancel()
-        assert run.wait(30)
+        assert run.wait(60)
 
 
 def as_local(prepared: Prepared) -> Prepared:
@@ -153,7 +153,7 @@ def test_a_drivers_error_is_told_and_the_run_taken_over_again(
     clock = Clock()
     reconciler = Reconciler(store, say=said.append, clock=clock)
     assert reconciler.look() == [prepared.run]
-    assert reconciler.driven[prepared.run].wait(30)
+    assert reconciler.driven[prepared.run].wait(60)
     wait_for(lambda: clusters[0].closed, "its launcher to be closed")
     assert reconciler.look() == []  # not at once, again and again
     clock.now += AGAIN_S

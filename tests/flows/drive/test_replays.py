@@ -86,7 +86,7 @@ def test_a_process_that_fails_is_told_and_not_tried_for_ever(tmp_path: Path) -> 
     wanted = spec("recovery.replay_every=1")
     for number, reached in enumerate((5, 9, 13), 1):
         end = functools.partial(lambda n, step: replays.look(wanted, state, step) or len(told) == n, number, reached)
-        wait_for(end, "its end", 20)
+        wait_for(end, "its end")
     assert "could not be computed again: the process ended with 1" in told[0][1]["text"]
     assert [text["text"].endswith("it is not tried again") for _, text in told] == [False, False, True]
     replays.look(wanted, state, 99)
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_the_collector_took_meanwhile_is_no_failure(tmp_path: 
     wanted = spec("recovery.replay_every=1")
     replays.look(wanted, state, 5)
     assert replays._child is not None
-    replays._child.process.process.wait(20)
+    replays._child.process.process.wait(60)
     gone = log.append("tombstone", {"checkpoint": state.checkpoints[-1].n}, state)
     replays.look(wanted, gone, 5)
     assert replays._child is None

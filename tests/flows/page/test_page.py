@@ -275,8 +275,8 @@ def test_a_lease_that_cannot_be_renewed_does_not_end_the_work(
     monkeypatch.setattr(_leases, "WatcherThreadCancelScope", Scope)
 
     def work() -> str:
-        wait_for(lambda: cancelled, "the exception to be thrown", 30)
-        wait_for(lambda: "the run goes on" in caplog.text, "the exception in the flow's thread", 30)
+        wait_for(lambda: cancelled, "the exception to be thrown")
+        wait_for(lambda: "the run goes on" in caplog.text, "the exception in the flow's thread")
         return "trained to the end"
 
     known = get_settings_context()

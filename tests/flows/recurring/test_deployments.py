@@ -87,7 +87,7 @@ class Serving:
 
     def child(self) -> tuple[UUID, subprocess.Popen[bytes]]:
         """The process that it has started, and of which flow run."""
-        return wait_for(lambda: next(iter(self.server.children.items()), None), "its process", 20)
+        return wait_for(lambda: next(iter(self.server.children.items()), None), "its process")
 
     def kill_child(self) -> None:
         self.child()[1].kill()
@@ -344,7 +344,7 @@ def test_a_deployment_collects_and_says_what_it_could_not(prefect: Api, tmp_path
         assert collect_flow.fn(store=url, dry_run=True) == 0
         assert collect_flow.fn(store=url) == 0
         assert set(log.fold().buried) == {2}
-        wait_for(lambda: collect_flow.fn(store=url) > 0, "the second of S3's times that a grace has at least", 20)
+        wait_for(lambda: collect_flow.fn(store=url) > 0, "the second of S3's times that a grace has at least")
         store.delete(run_key(RUN, manifest_name(30, state.epoch)))
         save(store, log, state, 40)
         with pytest.raises(RunFailed, match=f"not collected: {RUN}"):

@@ -83,7 +83,7 @@ def test_two_at_once_a_failure_holds_up_nobody_and_after_a_stop_none_begins(tmp_
             going[0] += 1
             most[0] = max(most[0], going[0])
         if seed < 2:
-            both.wait(30)  # two of them are here
+            both.wait(60)  # two of them are here
         try:
             if seed == 1:
                 raise PlanError("it does not fit")

@@ -62,7 +62,7 @@ def test_several_runs_are_asked_for_at_a_time() -> None:
     class Slow(MemoryStore):
         def get(self, key: str, **more: Any) -> bytes:
             if key.endswith("/spec"):
-                together.wait(20)
+                together.wait(60)
             return super().get(key, **more)
 
     rows = summaries(Slow(), names)

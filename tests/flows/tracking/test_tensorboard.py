@@ -135,7 +135,7 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_caught_up(tmp_path: Pa
     for event in events:
         one.tell(event)
     wait_for(lambda: writer.tried == len(events), "an attempt for each event")  # one amid `unlink` fails otherwise
-    said = one.trouble.get(timeout=20)
+    said = one.trouble.get(timeout=60)
     assert said.startswith("TensorBoard is not written (")
     folder.unlink()
     for event in world.steps(6, 8):
