@@ -53,7 +53,7 @@ class Signals:
         self._asked: list[int] = []
         for number in heard():
             signal.signal(number, self._on_signal)
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and signal.getsignal(signal.SIGTSTP) is not signal.SIG_IGN:
             signal.signal(signal.SIGTSTP, _pause)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
