@@ -14,7 +14,7 @@ from tests.support.protocol.gate import Gate
 
 
 @pytest.mark.parametrize(
-    ("points", "seed"), [(1000, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)]
+    ("points", "seed"), [(300, 1), pytest.param(10_000, 2, marks=pytest.mark.slow)]
 )  # fmt: skip
 def test_kills_at_named_points_lose_nothing(points: int, seed: int, tmp_path: Path) -> None:
     """No committed checkpoint that does not load, no record of one that is not whole, no step lost silently, no run
@@ -23,12 +23,12 @@ def test_kills_at_named_points_lose_nothing(points: int, seed: int, tmp_path: Pa
     campaign = chaos.run(points, seed, tmp_path)
     print(chaos.report(campaign))
     assert campaign.line() == f"{points} points, 0 lost, 0 unloadable, 0 silent", chaos.report(campaign)
-    assert len(campaign.struck) > 200
+    assert len(campaign.struck) > 150
     assert campaign.instants > points // 2
 
 
 def test_a_seed_gives_one_campaign(tmp_path: Path) -> None:
-    once, again = (chaos.run(40, 3, tmp_path) for _ in range(2))
+    once, again = (chaos.run(20, 3, tmp_path) for _ in range(2))
     assert once == again
 
 
@@ -41,8 +41,19 @@ MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
     "slots are not held": (mistakes.slots_are_not_held, "silent"),
     "collects what is being saved": (mistakes.collects_what_is_being_saved, "unloadable"),
     "a line by records": (mistakes.a_line_by_records, "silent"),
+    "forks without a pin": (mistakes.forks_without_a_pin, "unloadable"),
+    "forks without amendments": (mistakes.forks_without_amendments, "silent"),
+    "trains by older orders": (mistakes.trains_by_older_orders, "silent"),
+    "keeps its own layout": (mistakes.keeps_its_own_layout, "silent"),
+    "heals an older attempt": (mistakes.heals_an_older_attempt, "silent"),
 }
-SEEDS = {"a line by records": 9}
+SEEDS = {
+    "a line by records": 9,
+    "slots are not held": 5,
+    "forks without a pin": 4,
+    "forks without amendments": 3,
+    "heals an older attempt": 9,
+}
 """Campaigns that find them soon; the others: 8."""
 
 

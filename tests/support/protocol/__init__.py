@@ -5,7 +5,10 @@
     state.py     what is trained: layouts, and the state that is true at each step
     engine.py    a node's supervisor and ranks, simulated
     agent.py     an agent: the shipped machine, uploader, committer, watcher, preparer, claims
-    driver.py    a driver: the shipped log, views, ``decide``; its launcher, simulated
+    driver.py    a driver: the shipped loop with all that it calls; its launcher is the world
+    persons.py   who orders and forks, by the commands' own functions
+    runs.py      real specs, plans and names of the runs, whose ranks keep a few numbers
+    world.py     one run and its witness; place.py: the store that several share, and what strikes there
     chaos.py     campaigns of kills at named points (``make chaos-checkpoint``)
     tree.py, search.py, small.py, worlds.py, s3.py
                  every order of events of small worlds

@@ -27,7 +27,6 @@ from checkpoint.store.base import PAID
 from tests.support.protocol.engine import WIRE_S
 from tests.support.protocol.gate import Gate
 from tests.support.protocol.hub import Event, Process, Serial, Signal
-from tests.support.protocol.state import RUN
 
 if TYPE_CHECKING:
     from tests.support.protocol.world import Host, World
@@ -42,14 +41,14 @@ class Agent(Process):
         hub = world.hub
         self.world, self.host = world, host
         incarnation = f"i{hub.number()}"
-        self.gate = Gate(world, self)
+        self.gate = Gate(world.place, self, world)
         self.options = Options(
-            RUN, host.launch, host.node, host.nodes, world.work, world.work, b"k" * 32, host.place, "127.0.0.1",
+            world.run, host.launch, host.node, host.nodes, world.work, world.work, b"k" * 32, host.place, "127.0.0.1",
             "127.0.0.1", 0, PAID.look_s,
         )  # fmt: skip
         self.machine = Machine(self.options)
         self.log = RunLog(
-            self.gate, RUN, writer=f"agent-{host.node}-{incarnation}", clock=hub.clock, token=hub.token
+            self.gate, world.run, writer=f"agent-{host.node}-{incarnation}", clock=hub.clock, token=hub.token
         )  # fmt: skip
         self.preparer = Preparer(self.gate, self.options, Serial())
         self.preparer.layouts = world.plans
@@ -58,7 +57,7 @@ class Agent(Process):
             on_idle=lambda: self.feed(self.drained()), on_error=self.on_error, poll_s=PAID.look_s, clock=hub.clock,
         )  # fmt: skip
         self.uploader = Uploader(
-            self.gate, RUN, host.node, host.nodes, incarnation, pool=Serial(), post=self.post,
+            self.gate, world.run, host.node, host.nodes, incarnation, pool=Serial(), post=self.post,
             on_part=lambda step, epoch: self.feed(ev.PartStored(epoch, step)),
             on_idle=lambda: self.feed(self.drained()), on_error=self.on_error, clock=hub.clock, rest=hub.sleep,
         )  # fmt: skip
@@ -171,7 +170,7 @@ class Agent(Process):
             if machine.speaks(self.log_error) and (status.news() != told or self.hub.now - at >= PAID.beat_s):
                 news = status.news()
                 try:
-                    self.gate.put(keys.status_key(RUN, self.host.launch, self.host.node), status.pack())
+                    self.gate.put(keys.status_key(self.world.run, self.host.launch, self.host.node), status.pack())
                     if news != told:
                         self.watcher.expect()
                     told, at = news, self.hub.now

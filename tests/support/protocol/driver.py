@@ -1,114 +1,129 @@
-"""A driver of a world: the shipped log, views, ``decide`` and history; its launcher is the world. As ``loop.py`` goes
-round, without threads and telling.
+"""A driver of a world: the shipped loop with all that it calls, in a thread of the world's; its launcher is the world.
+
+What it hears of steps is the world's (`Lines`): hints, some of which are lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.errors import Conflict, StoreError
-from checkpoint.log import RunLog, RunState, ended_body
-from flows.drive.decide import decide, launch_to_use
-from flows.drive.live import StatusReader
-from flows.drive.run import fold_view, ruling_how
-from flows.drive.views import End, Finished, Look, MarkDamaged, Memory, Policy, RunLayout, StartAttempt, Watch
+from checkpoint.agent import events as ev
+from checkpoint.errors import StoreError
+from checkpoint.log import RunLog
+from flows.drive.events import Outcome
+from flows.drive.loop import Driver as Shipped
+from flows.drive.run import Prepared, load_run
+from flows.drive.train import launch_for
 from tests.support.protocol.gate import Gate
 from tests.support.protocol.hub import Process
-from tests.support.protocol.state import RUN, WHAT, how_of, plan_of
+from trainer.failures import Failure
+from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
 
 if TYPE_CHECKING:
-    from tests.support.protocol.world import World
+    from tests.support.protocol.world import Host, World
 
-LOOK_S = 1.0
-
-
-def ranks_of(how: Mapping[str, Any]) -> int:
-    return int(how["parallel"]["stages"])
-
-
-def attempt_body(
-    order: StartAttempt, state: RunState, how: Mapping[str, Any], launch: str, steps: int
-) -> dict[str, Any]:
-    """As ``flows.drive.run.attempt_body`` of a prepared run."""
-    ranks = ranks_of(how)
-    plan = plan_of(ranks, steps).digest.hex()
-    more: dict[str, Any] = {"order": state.orders[-1].n} if state.orders else {}
-    if state.amendments:
-        more["amendments"] = state.amendments.to_map()
-    return {
-        "launch": launch, "nodes": ranks, "ranks": ranks, "how": dict(how), "plan": plan, "what": WHAT.hex(),
-        "restore": order.restore.to_map(), "reason": order.reason, "slot_epochs": list(order.slot_epochs),
-        "cause": order.cause.to_map() if order.cause else None, **more,
-    }  # fmt: skip
+LOOK_S, SOON_S = 1.0, 0.1
+LINES_LOST = 0.1
 
 
 class Driver(Process):
-    """``ranks``: the layout that it was started with; the log's is what it follows."""
+    """``prepared``: with which it was started, whatever the log says; None: it takes the run as it is in the store."""
 
-    def __init__(self, world: World, ranks: int, on_end: Callable[[str], None]) -> None:
-        super().__init__(world.hub, "driver", f"driver {world.hub.number()}")
-        self.world, self.ranks, self._on_end = world, ranks, on_end
-        self.gate = Gate(world, self)
-        self.log = RunLog(self.gate, RUN, writer="driver", clock=self.hub.clock, token=self.hub.token)
-        self.state: RunState | None = None
-        self.memory = Memory()
-        self.reader: StatusReader | None = None
-        self.hub.spawn(self, "loop", self._loop)
+    def __init__(self, world: World, prepared: Prepared | None) -> None:
+        super().__init__(world.hub, "driver", f"driver {world.hub.number()} of {world.run}")
+        self.world, self.gate = world, Gate(world.place, self, world)
+        self.hub.spawn(self, "loop", lambda: self._drive(prepared))
 
-    def _loop(self) -> None:
-        while True:
+    def _drive(self, prepared: Prepared | None) -> None:
+        while prepared is None:
             try:
-                if self._look():
-                    return
-            except Conflict as conflict:
-                self.state = conflict.state
-                continue
+                prepared = load_run(self.gate, self.world.run)
             except StoreError:
                 self.hub.sleep(1.0)
-            self.hub.sleep(LOOK_S)
-
-    def _look(self) -> bool:
-        world = self.world
-        state = self.state = self.log.fold(self.state, quick=True).of_this_version()
-        view, newest = fold_view(state), state.newest_attempt
-        how = ruling_how(state) or how_of(self.ranks)
-        ranks = ranks_of(how)
-        over = newest is not None and world.launch_over(newest.launch)
-        used = launch_to_use(view, RunLayout(ranks, ranks, how), detaches=False, over=over)
-        launch = used or self._next(state)
-        if self.reader is None or self.reader.launch != launch:
-            self.reader = StatusReader(self.gate, RUN, launch, self.hub.clock)
-        nodes = tuple(self.reader.poll(ranks, world.alive(launch)))
-        policy = Policy(
-            steps=state.amendments.total(world.steps), launch=launch, nodes=ranks, ranks=ranks, stall_s=15.0,
-            commit_s=60.0, max_same_step=10**6, max_attempts_without_progress=10**6, backoff_s=0.2, backoff_max_s=2.0,
-            strikes=10**6, layouts=(RunLayout(ranks, ranks, how),),
+        driver = Shipped(
+            prepared, self.gate, Launcher(self), partial(launch_for, "memory:", Path("out")),
+            clock=self.hub.clock, sleep=self.hub.sleep,
         )  # fmt: skip
-        seen = Look(self.hub.now, nodes, lost=world.lost(launch))
-        decision, self.memory = decide(view, seen, policy, self.memory)
-        match decision:
-            case Finished() if world.state.n > state.n or any(p.alive for p in world.persons):  # asked for more
-                pass
-            case Finished(outcome):
-                self._on_end(outcome)
-                return True
-            case Watch(ensure=True):
-                world.ensure(launch, ranks)
-            case StartAttempt():
-                name = self._next(state) if decision.renew else launch
-                body = attempt_body(decision, state, how, name, world.steps)
-                state = self.state = self.log.append("attempt", body, state)
-                world.won(state)
-                world.ensure(name, ranks)
-            case MarkDamaged(checkpoint, why):
-                self.log.append("damaged", {"checkpoint": checkpoint, "reason": why[:400]}, state)
-            case End(outcome, reason, cause):
-                self.log.append(
-                    "ended", ended_body(state, outcome, reason[:400], str(cause.cls) if cause else ""), state
-                )
-        return False
+        driver._log = RunLog(self.gate, self.world.run, writer="driver", clock=self.hub.clock, token=self.hub.token)
+        driver._metrics = Lines(self.world)  # type: ignore[assignment]
+        driver._teller.clock = self.hub.clock
+        while not isinstance(found := driver.round(lambda look: look()), Outcome):
+            self.hub.sleep(LOOK_S if found else SOON_S)
+        self.kill()
+        self.world.left(found)
 
-    @staticmethod
-    def _next(state: RunState) -> str:
-        return f"{RUN}-l{len({a.launch for a in state.attempts}) + 1}"
+
+class Lines:
+    """What the ranks say of their steps, as ``MetricsReader`` gives it: from the newest on, and not all of it (but what
+    is high: which step was so first decides where to go back to).
+    """
+
+    def __init__(self, world: World) -> None:
+        self.attach, self._world = True, world
+        self._places: dict[int, int] = {}
+
+    def poll(self, epochs: list[int], *, last: bool = False) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for epoch in epochs:
+            said = self._world.lines.get(epoch, [])
+            place = self._places.get(epoch, max(0, len(said) - 2) if self.attach else 0)
+            found += [
+                line for line in said[place:] if line["loss"] > 50.0 or self._world.hub.rng.random() >= LINES_LOST
+            ]
+            self._places[epoch] = len(said)
+        self.attach = False
+        return found
+
+
+class Launcher:
+    """As ``LocalLauncher``: nodes of this machine, which its driver does not outlive."""
+
+    detaches = False
+
+    def __init__(self, driver: Driver) -> None:
+        self._world, self._hub = driver.world, driver.hub
+
+    def ensure(self, launch: Launch) -> None:
+        self._world.ensure(launch.launch_id, launch.nodes)
+
+    def observe(self, launch_id: str) -> LaunchView:
+        hosts = self._hosts(launch_id)
+        if not hosts:
+            return LaunchView(launch_id, "absent")
+        nodes = tuple(_seen(host) for host in hosts)
+        gone = next((host for host in self._hosts(launch_id, twins=True) if host.gone), None)
+        if gone is not None:
+            return LaunchView(launch_id, "lost", nodes, loss=Finding(Failure.INFRA, f"{gone.name} is gone"))
+        up = [node.agent_pid is not None and node.supervisor_pid is not None for node in nodes]
+        some = any(node.agent_pid is not None or node.supervisor_pid is not None for node in nodes)
+        if all(node.done is not None for node in nodes) and not some:
+            return LaunchView(launch_id, "done", nodes)
+        return LaunchView(launch_id, "running" if all(up) else "partial" if some else "gone", nodes)
+
+    def stop(self, launch_id: str, grace_s: float) -> None:
+        hosts = self._hosts(launch_id, twins=True)
+        for host in hosts:
+            host.left = host.left or "stopped"
+            agent = host.agent
+            if grace_s and agent is not None and agent.alive:
+                self._hub.at(0.0, agent, lambda agent=agent: agent.hear(ev.Terminate()))  # type: ignore[misc]
+        until = self._hub.now + grace_s
+        while self._hub.now < until and any(host.processes() for host in hosts):
+            self._hub.sleep(1.0)
+        for process in [p for host in hosts for p in host.processes()]:
+            process.kill()
+
+    def _hosts(self, launch_id: str, *, twins: bool = False) -> list[Host]:
+        hosts = self._world.hosts.get(launch_id, [])
+        return hosts if twins else hosts[: hosts[0].nodes if hosts else 0]
+
+
+def _seen(host: Host) -> LaunchedNode:
+    agent, engine = host.agent, host.engine
+    lives = engine is not None and engine.alive
+    return LaunchedNode(
+        host.node, 1 if agent is not None and agent.alive else None, 1 if lives else None, host.left, "",
+        False if host.gone else lives or None,
+    )  # fmt: skip

@@ -161,7 +161,7 @@ class Engine(Process):
             with slot.data() as data:
                 rank.state = read_state(layout, data)
         gang = self.world.gang(rank.epoch)
-        if why := wrong(rank.state, rank.step, gang.amended):
+        if why := wrong(rank.state, rank.step, gang.course):
             self.world.silent(f"rank {rank.number} of attempt {rank.epoch} begins with a wrong state: {why}")
         if not self.world.strike_engine(self, "restore", rank):
             gang.join(rank)
@@ -215,7 +215,9 @@ class Gang:
 
     def __init__(self, world: World, attempt: AttemptInfo) -> None:
         self.world, self.epoch, self.count, self.amended = world, attempt.n, attempt.ranks, attempt.amendments
-        self.steps, self.every, self.persists = self.amended.total(world.steps), world.every, world.persists
+        self.course, self.steps = world.course(self.amended), self.amended.total(world.steps)
+        self.every = int(attempt.how["checkpoint"]["every"])
+        self.persists = self.every * world.persists
         self.asked = 0
         """Step at which it was decided last whether to save."""
         self.ranks: dict[int, Rank] = {}
@@ -291,12 +293,19 @@ class Gang:
             self._train()
 
     def _train(self) -> None:
+        first = self._ranks()[0]
+        if self.world.diverges(self.amended, first.step + 1):
+            words = b'{"why": "the loss is nan", "step": %d}' % (first.step + 1)
+            first.engine.say(ev.RankSaid("WORDS", first.epoch, first.number, words))
+            first.engine.exit(first, 87)
+            return
         for rank in self._ranks():
             rank.step += 1
-            rank.state = {key: advanced(data, self.amended.batch(rank.step)) for key, data in rank.state.items()}
+            rank.state = {key: advanced(data, self.course.mark(rank.step)) for key, data in rank.state.items()}
             rank.engine.say(ev.RankSaid("METRICS", rank.epoch, rank.number, b'{"step": %d}' % rank.step))
             if self.world.strike_engine(rank.engine, "step", rank):
                 return
+        self.world.said(self, first.step)
         self.world.hub.at(STEP_S, None, self.step)
 
     def _free(self, rank: Rank) -> int | None:

@@ -19,9 +19,9 @@ from checkpoint.errors import StoreUnavailable
 from checkpoint.store.base import PAID, Data, Info, fill, ignored
 from checkpoint.store.memory import MemoryStore
 from tests.support.protocol.hub import Dead, Process
-from tests.support.protocol.state import RUN
 
 if TYPE_CHECKING:
+    from tests.support.protocol.place import Place
     from tests.support.protocol.world import World
 
 WRITES = ("create", "put", "delete")
@@ -44,12 +44,15 @@ _KINDS = (
     (re.compile(r"/live/\d+/addr"), "address"),
     (re.compile(r"/live/\d+/upload/"), "choice"),
     (re.compile(r"/folds/"), "folded state"),
+    (re.compile(r"/spec$"), "spec"),
+    (re.compile(r"/plans/"), "plan"),
+    (re.compile(r"/metrics/"), "lines"),
 )
 
 
 @lru_cache(maxsize=1 << 14)
 def kind_of(key: str) -> str:
-    return next((kind for pattern, kind in _KINDS if pattern.search(key)), key.removeprefix(f"runs/{RUN}/"))
+    return next((kind for pattern, kind in _KINDS if pattern.search(key)), key.partition("/")[0])
 
 
 def record_kind(data: Data) -> str:
@@ -75,8 +78,9 @@ class Gate:
     pace = PAID
     url = "memory:"
 
-    def __init__(self, world: World, process: Process) -> None:
-        self.world, self.process = world, process
+    def __init__(self, place: Place, process: Process, world: World | None = None) -> None:
+        """``world``: of the process, where it is one of a run."""
+        self.place, self.process, self.world = place, process, world
 
     def describe(self) -> str:
         return "a store in memory"
@@ -84,24 +88,24 @@ class Gate:
     # --- the verbs ----------------------------------------------------------------------------------------
 
     def create(self, key: str, data: Data, *, sha256: bytes | None = None) -> bool:
-        body, shared = bytes(data), self.world.shared
+        body, shared = bytes(data), self.place.shared
         name = f"{record_kind(body)} record" if "/log/" in key else None
 
         def call() -> bool:
             there = key in shared._objects
             made = MemoryStore.create(shared, key, body, sha256=sha256)
             if not there:
-                self.world.wrote(key, body)
+                self.place.wrote(key, body)
             return made
 
         return bool(self._ask("create", key, call, name))
 
     def put(self, key: str, data: Data) -> None:
         body = bytes(data)
-        self._ask("put", key, lambda: self.world.shared.put(key, body))
+        self._ask("put", key, lambda: self.place.shared.put(key, body))
 
     def get(self, key: str, **more: Any) -> bytes:
-        return bytes(self._ask("get", key, lambda: self.world.shared.get(key, **more)))
+        return bytes(self._ask("get", key, lambda: self.place.shared.get(key, **more)))
 
     def read_into(
         self, key: str, out: Sequence[memoryview], *, first: int = 0, filled: Callable[[int], None] = ignored
@@ -110,23 +114,23 @@ class Gate:
 
     def holds(self, key: str, data: Data, *, sha256: bytes) -> bool:
         body = bytes(data)
-        return bool(self._ask("head", key, lambda: self.world.shared.holds(key, body, sha256=sha256)))
+        return bool(self._ask("head", key, lambda: self.place.shared.holds(key, body, sha256=sha256)))
 
     def limit(self, bytes_per_s: float | None) -> None:
         pass
 
     def head(self, key: str) -> Info | None:
-        found: Info | None = self._ask("head", key, lambda: self.world.shared.head(key))
+        found: Info | None = self._ask("head", key, lambda: self.place.shared.head(key))
         return found
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
-        return iter(self._ask("list", prefix, lambda: list(self.world.shared.list(prefix, start_after))))
+        return iter(self._ask("list", prefix, lambda: list(self.place.shared.list(prefix, start_after))))
 
     def delete(self, key: str) -> None:
         def call() -> None:
-            if key in self.world.shared._objects:
-                self.world.shared.delete(key)
-                self.world.deleted(key)
+            if key in self.place.shared._objects:
+                self.place.shared.delete(key)
+                self.place.deleted(key)
 
         self._ask("delete", key, call)
 
@@ -135,14 +139,27 @@ class Gate:
 
     # --- a request ----------------------------------------------------------------------------------------
 
+    def _struck(self, point: str, writes: bool) -> str:
+        place, how = self.place, self.place.comes(point)
+        if how == "away":
+            place.away_until = place.hub.now + place.hub.rng.choice((2.0, 30.0, 200.0))
+        elif how == "late write" and not writes:
+            how = "lost answer"
+        elif how in ("frozen", "cut off"):
+            if self.world is not None:
+                self.world.leave_alone(self.process, how)
+            else:
+                self.process.freeze(place.hub.rng.choice((3.0, 15.0, 40.0, 90.0)))
+        return how
+
     def _ask(self, verb: str, key: str, call: Callable[[], Any], kind: str | None = None) -> Any:
-        world, process, hub = self.world, self.process, self.world.hub
+        place, process, hub = self.place, self.process, self.place.hub
         thread = hub.current
         if hub.over or thread is None:
             raise Dead
         assert process.alive, "a dead process asks"
-        how = world.strike(process, f"{process.kind} {thread.name} {verb} {kind or kind_of(key)}", verb in WRITES)
-        away, rng = hub.now < world.away_until, hub.rng
+        how = self._struck(f"{process.kind} {thread.name} {verb} {kind or kind_of(key)}", verb in WRITES)
+        away, rng = hub.now < place.away_until, hub.rng
         go, back = rng.random() * 0.04, rng.random() * 0.04
         if rng.random() < 0.02:
             go += rng.random() * 3.0

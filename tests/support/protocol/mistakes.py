@@ -7,20 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import checkpoint.agent.commit as commit_module
 import checkpoint.collect.collector as collector_module
 import flows.drive.decide as decide_module
+import flows.drive.fork as fork_module
+import flows.drive.loop as loop_module
 from checkpoint.agent import effects as do
 from checkpoint.agent.machine import Machine
 from checkpoint.agent.slots import Slot
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.errors import Conflict, StoreUnavailable
 from checkpoint.log import RunLog, RunState
 from checkpoint.log.records import Record, parse_checkpoint
 from checkpoint.log.state import Fold
 from checkpoint.store.base import Data
-from flows.drive.views import LogView, Restore
+from flows.drive.views import Decision, LogView, Look, Policy, Restore
 from tests.support.protocol.hub import swapped
 
 
@@ -217,4 +221,51 @@ def a_line_by_records() -> Iterator[None]:
             attempt, before = self.attempt(points.epoch[named]), points.n[named]
 
     with swapped(RunState, "_line", line):
+        yield
+
+
+@contextmanager
+def forks_without_a_pin() -> Iterator[None]:
+    """The collector of the parent does not hear of its child."""
+    with swapped(fork_module, "pin", lambda *_: None):
+        yield
+
+
+@contextmanager
+def forks_without_amendments() -> Iterator[None]:
+    """A child does not keep what its parent was ordered."""
+    with swapped(fork_module, "_kept", lambda *_, **__: NONE):
+        yield
+
+
+@contextmanager
+def trains_by_older_orders() -> Iterator[None]:
+    """An attempt has the amendments of the one before."""
+    body = loop_module.attempt_body
+
+    def older(*what: Any, amendments: Amendments = NONE, **more: Any) -> dict[str, Any]:
+        return body(*what, **more)
+
+    with swapped(loop_module, "attempt_body", older):
+        yield
+
+
+@contextmanager
+def keeps_its_own_layout() -> Iterator[None]:
+    """A driver goes on in the How that it was started with, whatever was ordered."""
+    with swapped(loop_module, "followed", lambda store, state, prepared, say: prepared):
+        yield
+
+
+@contextmanager
+def heals_an_older_attempt() -> Iterator[None]:
+    """What an attempt's steps said is taken for the newest one's."""
+    healed = decide_module.healed
+
+    def stale(log: LogView, seen: Look, policy: Policy, decision: Decision) -> Decision | None:
+        if seen.exploded is not None and log.attempts:
+            seen = replace(seen, exploded=replace(seen.exploded, epoch=log.attempts[-1].epoch))
+        return healed(log, seen, policy, decision)
+
+    with swapped(decide_module, "healed", stale):
         yield

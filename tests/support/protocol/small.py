@@ -7,7 +7,7 @@ another one by the shipped ``decide``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,11 @@ from checkpoint.store.base import PAID
 from flows.drive.decide import decide, launch_to_use
 from flows.drive.run import fold_view, ruling_how
 from flows.drive.views import Cause, Look, Memory, NodeView, Policy, RankView, RunLayout, StartAttempt
-from tests.support.protocol.driver import attempt_body, ranks_of
 from tests.support.protocol.hub import Serial
 from tests.support.protocol.state import (
     RUN,
     TENSORS,
+    WHAT,
     State,
     advanced,
     first_state,
@@ -54,6 +54,24 @@ from trainer.failures import Failure
 
 STEPS, EVERY = 100, 2
 NOWHERE = Path("/nowhere")
+
+
+def ranks_of(how: Mapping[str, Any]) -> int:
+    return int(how["parallel"]["stages"])
+
+
+def attempt_body(
+    order: StartAttempt, state: RunState, how: Mapping[str, Any], launch: str, steps: int
+) -> dict[str, Any]:
+    """As ``flows.drive.run.attempt_body`` of a prepared run."""
+    ranks = ranks_of(how)
+    plan = plan_of(ranks, steps).digest.hex()
+    return {
+        "launch": launch, "nodes": ranks, "ranks": ranks, "how": dict(how), "plan": plan, "what": WHAT.hex(),
+        "restore": order.restore.to_map(), "reason": order.reason, "slot_epochs": list(order.slot_epochs),
+        "cause": order.cause.to_map() if order.cause else None,
+        **({"order": state.orders[-1].n} if state.orders else {}),
+    }  # fmt: skip
 
 
 OPENED: list[SlotTable] = []

@@ -1,8 +1,8 @@
 """What is trained: a few numbers on one, two or three ranks, and the state that is true after each step.
 
 The state of a step is a function of the state before it, element by element, so whatever the layouts of a run and
-wherever it was torn and restored, the same step has the same bytes, or something was mixed up. A step reads a batch:
-where a person has others skipped, what was trained before and left behind has other bytes.
+wherever it was torn and restored, the same step has the same bytes, or something was mixed up. A step reads a batch, at
+a rate: where an order has others skipped or the rate lowered, what was trained before and left behind has other bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 from checkpoint.amendments import NONE, Amendments
 from checkpoint.digest import KINDS
 from checkpoint.layout import Owned, PlanLayout, PositionLayout, RankLayout, TensorInfo, round_up
-from checkpoint.log import CheckpointInfo, RunState
 from trainer import wire
 
 RUN = "proof-0a1b2c"
@@ -56,20 +56,37 @@ def how_of(ranks: int) -> Mapping[str, Any]:
     })  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Course:
+    """By what a run is trained; ``before``: the course of the run that it began from, up to step ``begins``."""
+
+    amended: Amendments = NONE
+    seed: int = 0
+    begins: int = 0
+    before: Course | None = None
+
+    def mark(self, step: int) -> int:
+        """Of the batch that this step reads, and at which rate."""
+        if self.before is not None and step <= self.begins:
+            return self.before.mark(step)
+        lowered = round(4096 * (1.0 - self.amended.factor(step)))
+        return self.amended.batch(step) + 1009 * self.seed + 7919 * lowered
+
+
 @lru_cache(maxsize=1 << 14)
-def truth(tensor: int, kind: int, step: int, amended: Amendments = NONE) -> bytes:
+def truth(tensor: int, kind: int, step: int, course: Course = Course()) -> bytes:
     """The bytes of one kind of a tensor after so many steps."""
     if step == 0:
         n = TENSORS[tensor].elements
         return struct.pack(f"<{n}I", *(1000 * tensor + 100 * kind + i for i in range(n)))
-    return advanced(truth(tensor, kind, step - 1, amended), amended.batch(step))
+    return advanced(truth(tensor, kind, step - 1, course), course.mark(step))
 
 
-def advanced(data: bytes, batch: int) -> bytes:
-    """One step of it, which reads this batch."""
+def advanced(data: bytes, mark: int) -> bytes:
+    """One step of it."""
     n = len(data) // 4
     return struct.pack(
-        f"<{n}I", *((x * 1664525 + 1013904223 + batch) & 0x3FFFFFFF for x in struct.unpack(f"<{n}I", data))
+        f"<{n}I", *((x * 1664525 + 1013904223 + mark) & 0x3FFFFFFF for x in struct.unpack(f"<{n}I", data))
     )
 
 
@@ -95,13 +112,7 @@ def write_state(layout: RankLayout, data: memoryview, state: State) -> None:
             data[s.kind_offset(kind) : s.kind_offset(kind) + 4 * s.elements] = state[s.tensor, kind]
 
 
-def wrong(state: State, step: int, amended: Amendments = NONE) -> str:
+def wrong(state: State, step: int, course: Course = Course()) -> str:
     """Which of it is not what is true after this step; empty where all is."""
-    bad = [key for key, data in state.items() if data != truth(*key, step, amended)]
+    bad = [key for key, data in state.items() if data != truth(*key, step, course)]
     return "" if not bad else f"{KINDS[bad[0][1]]} of tensor {TENSORS[bad[0][0]].name} is not that of step {step}"
-
-
-def amended_of(state: RunState, info: CheckpointInfo) -> Amendments:
-    """By which a checkpoint was trained."""
-    attempt = state.attempt(info.epoch)
-    return attempt.amendments if attempt else NONE

@@ -1,4 +1,4 @@
-"""One run in one process: hosts, agents, engines, drivers over one store, what strikes them, and who witnesses it.
+"""One run of a place: hosts, agents, engines, drivers over its store, and who witnesses it.
 
 The witness looks at every write as it lands, and keeps what it finds by kind: ``lost`` (the run cannot go on),
 ``unloadable`` (the log names a checkpoint that is not whole, or does not load), ``silent`` (a step was lost, or another
@@ -8,31 +8,33 @@ state taken for it, and nobody said so).
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoint import keys
 from checkpoint.agent import effects as do
 from checkpoint.agent.gang import Gang as GangOf
-from checkpoint.agent.slots import Slot, SlotTable
-from checkpoint.amendments import Amendments
+from checkpoint.amendments import NONE, Amendments
 from checkpoint.claims import Place
 from checkpoint.digest import KINDS
 from checkpoint.errors import CheckpointError
-from checkpoint.log import CheckpointInfo, Record, RunLog, RunState
+from checkpoint.layout import PlanLayout
+from checkpoint.log import AttemptInfo, CheckpointInfo, Record, RunLog, RunState
 from checkpoint.read import StateReader, load_manifest
-from checkpoint.store.memory import MemoryStore
-from flows.drive.views import Cause
+from flows.drive.events import Outcome
+from flows.drive.run import Prepared, opened_again
 from tests.support.protocol.agent import Agent
 from tests.support.protocol.driver import Driver
 from tests.support.protocol.engine import Engine, Gang, Rank
-from tests.support.protocol.gate import Fault
-from tests.support.protocol.hub import Hub, Process
-from tests.support.protocol.others import Collector, Reader
-from tests.support.protocol.state import DATASET, OWNERS, RUN, TENSORS, amended_of, plan_of, truth
+from tests.support.protocol.hub import Process
+from tests.support.protocol.others import Reader
+from tests.support.protocol.runs import layout_of
+from tests.support.protocol.state import TENSORS, Course, truth
 from trainer.failures import Failure
+
+if TYPE_CHECKING:
+    from tests.support.protocol.place import Place as Where
 
 
 class Host:
@@ -70,91 +72,98 @@ class Host:
 
 
 class World:
-    """``twin``: a second host comes for each node, as a pod of the same index or an agent of another folder might;
-    ``collects``: checkpoints that no rule keeps are collected meanwhile, and somebody reads some under a pin.
+    """``layouts``: the run in the layouts that its drivers may be started with, the first driver with ``first``;
+    ``twin``: a second host comes for each node, as a pod of the same index or an agent of another folder might;
+    ``parent``: of a run that begins from another's checkpoint.
     """
 
-    def __init__(self, seed: int, work: Path, *, ranks: int = 2, steps: int = 12, every: int = 2, drivers: int = 1,
-                 twin: bool = False, collects: bool = False) -> None:  # fmt: skip
-        self.hub = Hub(seed)
-        self.work, self.steps, self.every, self.twin = work, steps, every, twin
-        self.persists = every * self.hub.rng.choice((1, 1, 2))
-        self.shared = MemoryStore(clock=self.hub.clock)
+    def __init__(self, place: Where, layouts: Sequence[Prepared], *, first: int = 0, drivers: int = 1,
+                 twin: bool = False, parent: World | None = None) -> None:  # fmt: skip
+        self.place, self.hub, self.shared, self.work = place, place.hub, place.shared, place.work
+        self.opened, self.tables, self.found = place.opened, place.tables, place.found
+        self.layouts, self.run, self.twin = layouts, layouts[0].run, twin
+        self.steps, self.seed = layouts[0].spec.train.steps, layouts[0].spec.train.seed
+        rng = self.hub.rng
+        self.persists = rng.choice((1, 1, 2))
+        """Of so many snapshots one goes to the store."""
+        self.explodes = {rng.randrange(4, 24)} if rng.random() < 0.5 else set[int]()
+        """Batches behind which the loss stays high, where they are read at the whole rate; and"""
+        self.cursed = {rng.randrange(2, 20)} if rng.random() < 0.15 else set[int]()
+        """such as give no numbers."""
         self.hosts: dict[str, list[Host]] = {}
-        self.plans = {plan_of(n, steps).digest.hex(): (plan_of(n, steps), work / "plan") for n in OWNERS}
-        self.opened: list[Slot] = []
-        self.tables: list[SlotTable] = []
+        self.plans: dict[str, tuple[PlanLayout, Path]] = {}
         self.gangs: dict[int, Gang] = {}
+        self.strange: dict[int, AttemptInfo] = {}
+        """Attempts that run and are not in the log."""
+        self.lines: dict[int, list[dict[str, Any]]] = {}
         self.starts: dict[tuple[int, int], str] = {}
-        self.points: Counter[str] = Counter()
-        self.armed: dict[str, Fault] = {}
-        self.struck: list[Fault] = []
-        self.most = 0
-        """Strikes, all in all."""
-        self.away_until = 0.0
-        self.state = RunState(RUN)
+        self.state = RunState(self.run)
         self.line: dict[int, int] = {}
         """By what happened alone: records of the checkpoints that lead here, and their steps."""
         self.ordered: int | None = None
         """The step of an order that no attempt follows yet."""
+        self.asked: tuple[int, Mapping[str, Any] | None, Mapping[str, Any]] = (0, None, {})
+        """The newest order: its record, its How, its amendments."""
+        self.gone_back_to: set[int] = set()
+        """Steps from which the driver went on after an explosion, since a person's last word."""
+        self.amends: list[Amendments] = [NONE]
+        """The amendments that held, one after the other."""
+        self.parent, self.begins, self.began = parent, 0, 0
+        """Where it began: the run, the step and the record of its checkpoint."""
+        self.before: Course | None = None
         self.persons: list[Process] = []
         """Who will still ask something of the run."""
         self.spoilt: set[int] = set()
         """Checkpoints of which bytes have changed in the store."""
-        self.found: dict[str, list[str]] = {"lost": [], "unloadable": [], "silent": []}
         self.outcome: str | None = None
-        self.ranks = ranks
-        self.drivers = [Driver(self, ranks, self._end) for _ in range(drivers)]
-        self.others: list[Process] = [Collector(self), Reader(self)] if collects else []
-        self.hub.at(1.0, None, self._keep)
-
-    def close(self) -> None:
-        self.hub.close()
-        for slot in self.opened:
-            slot.close()
-        for table in self.tables:
-            table.close()
+        self.drivers = [Driver(self, layouts[first]) for _ in range(drivers)]
+        self.readers = [Reader(self)] if place.collects else []
 
     def silent(self, why: str) -> None:
-        self.found["silent"].append(why)
+        self.found["silent"].append(f"{self.run}: {why}")
 
-    def _end(self, outcome: str) -> None:
-        self.outcome = outcome
+    def left(self, outcome: Outcome) -> None:
+        """A driver has left. A run that was opened meanwhile gets another one, as does what was stopped."""
+        ended = self.state.ended
+        if ended is not None and not opened_again(self.state) and not any(p.alive for p in self.persons):
+            self.outcome = ended.outcome
 
-    def _keep(self) -> None:
-        """Drivers are started again."""
+    def keep(self) -> None:
+        """Drivers are started again, by whoever: with a layout of his own, or with the run as the store has it."""
         for i, driver in enumerate(self.drivers):
-            if not driver.alive and self.outcome is None:
-                # whoever takes over was started with a layout of its own
-                self.drivers[i] = Driver(self, self.hub.rng.choice(tuple(OWNERS)), self._end)
-        for i, other in enumerate(self.others):
-            if not other.alive and self.outcome is None:
-                self.others[i] = Collector(self) if isinstance(other, Collector) else Reader(self)
-        self.hub.at(1.0 + self.hub.rng.random(), None, self._keep)
+            if not driver.alive:
+                own = self.hub.rng.random() < 0.5 or not self.state.attempts
+                self.drivers[i] = Driver(self, self.hub.rng.choice(self.layouts) if own else None)
+        for i, reader in enumerate(self.readers):
+            if not reader.alive:
+                self.readers[i] = Reader(self)
+
+    # --- what is trained ----------------------------------------------------------------------------------
+
+    def course(self, amended: Amendments) -> Course:
+        return Course(amended, self.seed, self.begins, self.before)
+
+    def course_of(self, state: RunState, info: CheckpointInfo) -> Course:
+        """By which a checkpoint was trained."""
+        attempt = state.attempt(info.epoch)
+        return self.course(attempt.amendments if attempt else NONE)
+
+    def diverges(self, amended: Amendments, step: int) -> bool:
+        return amended.batch(step) in self.cursed
+
+    def exploded(self, amended: Amendments, step: int) -> bool:
+        """Whether the loss is high after this step."""
+        return any(
+            amended.batch(s) in self.explodes and amended.factor(s) > 0.5 for s in range(self.begins + 1, step + 1)
+        )
+
+    def said(self, gang: Gang, step: int) -> None:
+        """A step's line."""
+        loss = 90.0 if self.exploded(gang.amended, step) else 3.0
+        line = {"event": "step", "epoch": gang.epoch, "step": step, "loss": loss, "grad_norm": 1.0}
+        self.lines.setdefault(gang.epoch, []).append(line)
 
     # --- what strikes -------------------------------------------------------------------------------------
-
-    def _comes(self, name: str) -> str:
-        """How the armed fault strikes at this point; empty where it does not."""
-        self.points[name] += 1
-        fault = self.armed.pop(name, None) if len(self.struck) < self.most else None
-        if fault is None:
-            return ""
-        if fault.nth > 1:
-            self.armed[name] = Fault(name, fault.nth - 1, fault.how)
-            return ""
-        self.struck.append(fault)
-        return fault.how
-
-    def strike(self, process: Process, name: str, writes: bool) -> str:
-        how = self._comes(name)
-        if how == "away":
-            self.away_until = self.hub.now + self.hub.rng.choice((2.0, 30.0, 200.0))
-        elif how == "late write" and not writes:
-            how = "lost answer"
-        elif how in ("frozen", "cut off"):
-            self.leave_alone(process, how)
-        return how
 
     def leave_alone(self, process: Process, how: str) -> None:
         """Stopped for a while; or given up by its launcher, while it goes on and knows nothing of it."""
@@ -172,8 +181,8 @@ class World:
         if len(sound) < 2:
             return
         info = self.hub.rng.choice(sound[:2])
-        prefix, objects = keys.run_key(RUN, "chunks") + "/", self.shared._objects
-        mine = [k for k in sorted(objects) if k.startswith(prefix) and _point(k) == (info.step, info.epoch)]
+        prefix, objects = keys.run_key(self.run, "chunks") + "/", self.shared._objects
+        mine = [k for k in sorted(objects) if k.startswith(prefix) and self._point(k) == (info.step, info.epoch)]
         if mine:
             self.spoilt.add(info.n)
             key = self.hub.rng.choice(mine)
@@ -181,7 +190,7 @@ class World:
 
     def strike_engine(self, engine: Engine, what: str, rank: Rank | None = None) -> bool:
         """Whether something dies here."""
-        how = self._comes(f"engine {what}")
+        how = self.place.comes(f"engine {what}")
         if not how:
             return False
         if how == "rank" and rank is not None:
@@ -207,24 +216,11 @@ class World:
         for host in self.hosts[launch]:
             host.ensure()
 
-    def alive(self, launch: str) -> dict[int, bool | None]:
-        hosts = self.hosts.get(launch, [])[: self.hosts[launch][0].nodes if launch in self.hosts else 0]
-        return {h.node: False if h.gone else (h.engine is not None and h.engine.alive) or None for h in hosts}
-
-    def lost(self, launch: str) -> Cause | None:
-        gone = next((h for h in self.hosts.get(launch, []) if h.gone), None)
-        return None if gone is None else Cause(Failure.INFRA, f"node {gone.node} is gone")
-
-    def launch_over(self, launch: str) -> bool:
-        hosts = self.hosts.get(launch, [])
-        return bool(hosts) and all(h.left is not None for h in hosts)
-
     # --- the gang -----------------------------------------------------------------------------------------
 
     def gang(self, epoch: int) -> Gang:
         if epoch not in self.gangs:
-            attempt = self.state.attempt(epoch)
-            assert attempt is not None
+            attempt = self.state.attempt(epoch) or self.strange[epoch]
             self.gangs[epoch] = Gang(self, attempt)
         return self.gangs[epoch]
 
@@ -237,6 +233,7 @@ class World:
         if who != host.place.token:
             self.silent(f"node {host.node} of attempt {gang.epoch} runs on two hosts")
         if self.state.attempt(gang.epoch) is None:
+            self.strange[gang.epoch] = gang.attempt
             self.silent(f"attempt {gang.epoch} runs without its record")
 
     def told(self, word: do.Send) -> None:
@@ -251,7 +248,7 @@ class World:
 
     def wrote(self, key: str, data: bytes) -> None:
         """An object has come to be."""
-        if not key.startswith(keys.log_prefix(RUN)):
+        if not key.startswith(keys.log_prefix(self.run)):
             return
         n = int(key.rpartition("/")[2])
         record = Record.parse(data, n)
@@ -260,6 +257,7 @@ class World:
             return
         before, self.state = self.state, self.state.apply(record)
         self._follow(record)
+        self._ask(record)
         if record.kind == "attempt":
             self._attempt(before, self.state)
         elif record.kind == "checkpoint":
@@ -269,11 +267,15 @@ class World:
             if record.epoch != before.epoch:
                 self.silent(f"record {n} is of attempt {record.epoch}, which attempt {before.epoch} has fenced")
             self.check(info)
+        elif record.kind == "ended":
+            self._ended(record)
         elif record.kind == "damaged" and record.body["checkpoint"] not in self.spoilt:
             self.silent(f"record {record.body['checkpoint']} is marked damaged: {record.body['reason']}")
 
     def _follow(self, record: Record) -> None:
         """Is the line that leads here the one that the log tells?"""
+        if record.body.get("kind") == "parent":
+            return
         named: int | None = record.body.get("checkpoint")
         if record.kind == "attempt":
             named, self.ordered = self.state.attempts[-1].checkpoint, None
@@ -294,9 +296,80 @@ class World:
         if told != line:
             self.silent(f"after record {record.n} the log leads back over {told}, what happened over {line}")
 
+    def _ask(self, record: Record) -> None:
+        """What is asked of the run from here on: does it leave what was trained as it is?"""
+        body = record.body
+        if record.kind != "intervention":
+            return
+        amended = Amendments.parse(body.get("amendments"), "a record")
+        if body["kind"] == "parent":
+            return self._fork(body, amended)
+        start = (body.get("checkpoint"), body["step"]) if "step" in body else None
+        if start is None and amended != self.amends[-1]:
+            self.silent(f"order {record.n} amends, and does not say from where")
+        if start is not None:
+            info = self.state.checkpoint(start[0]) if start[0] else None
+            trained = self.course_of(self.state, info) if info else self.course(self.amends[0])
+            if any(self.course(amended).mark(s) != trained.mark(s) for s in range(1, start[1] + 1)):
+                self.silent(f"order {record.n} changes what was trained before step {start[1]}")
+        if not body.get("own"):
+            self.gone_back_to.clear()
+        else:
+            self._own(record, amended)
+            if self.asked[1] not in (None, body["how"]):
+                self.silent(f"order {record.n} is the driver's, and asks for another layout")
+        self.asked = record.n, body["how"], dict(body.get("amendments") or {})
+        self.amends.append(amended)
+
+    def _own(self, record: Record, amended: Amendments) -> None:
+        """Has the driver reason to go back by itself?"""
+        attempt, body = self.state.attempts[-1], record.body
+        last = int(body["cause"]["step"] or 0)
+        if body["via"] == "recovery.on_explosion":
+            if not self.exploded(attempt.amendments, last):
+                self.silent(f"order {record.n}: the loss of attempt {attempt.n} did not explode up to step {last}")
+            elif self.exploded(attempt.amendments, body["step"]) and body["step"] in self.gone_back_to:
+                self.silent(f"order {record.n} goes on from step {body['step']} again, where the loss was high")
+            self.gone_back_to.add(body["step"])
+        elif not any(attempt.amendments.batch(s) in self.cursed for s in range(body["step"] + 1, self.steps + 99)):
+            self.silent(f"order {record.n}: nothing of attempt {attempt.n} diverges")
+
+    def _fork(self, body: Mapping[str, Any], amended: Amendments) -> None:
+        """The run begins: from what, and what of its parent's amendments does it keep?"""
+        assert self.parent is not None
+        parent, self.begins, self.began = self.parent, int(body["step"]), int(body["checkpoint"])
+        info = parent.state.checkpoint(self.began)
+        if info is None or info.step != self.begins:
+            self.silent(f"it begins from record {self.began} of {parent.run}, which is no checkpoint of its step")
+            return
+        self.before = parent.course_of(parent.state, info)
+        same, rates = self.seed == parent.seed, [told.rate for told in parent.amends]
+        if amended.skip not in ([told.skip for told in parent.amends] if same else [()]) or amended.rate not in rates:
+            self.silent(f"it keeps {amended}, where {parent.run} had {parent.amends}")
+        if same and amended.batch(self.begins) != self.before.amended.batch(self.begins):
+            self.silent(f"its step {self.begins + 1} does not read the batch behind those of step {self.begins}")
+        self.amends = [amended]
+        self.asked = 0, None, dict(body.get("amendments") or {})
+
+    def _ended(self, record: Record) -> None:
+        if record.body["outcome"] == "gave_up" and record.body.get("class") == Failure.NUMERIC:
+            self.silent(f"the run gives up for its numbers: {record.body['reason']}")
+
     def _attempt(self, before: RunState, after: RunState) -> None:
-        """Does it go back behind what was saved?"""
+        """Does it go back behind what was saved? Is it what was asked for last?"""
         attempt = after.attempts[-1]
+        self.plans[attempt.plan] = layout_of(attempt, self.layouts[0]), self.work / "plan"
+        order, how, amended = self.asked
+        if (attempt.order, dict(attempt.body.get("amendments") or {})) != (order, amended):
+            self.silent(
+                f"attempt {attempt.n} follows order {attempt.order} and trains by {attempt.amendments}; {order}"
+            )
+        if how is not None and attempt.how != how:
+            self.silent(f"attempt {attempt.n} has not the layout of order {order}")
+        if how is None and before.attempts and attempt.how != before.attempts[-1].how:
+            self.silent(f"attempt {attempt.n} has another layout, and nobody ordered that")
+        if attempt.step < self.begins:
+            self.silent(f"attempt {attempt.n} begins at step {attempt.step}, before the run does")
         best = before.restore_candidates()[:1]
         if best and attempt.step < best[0].step:
             self.silent(f"attempt {attempt.n} begins at step {attempt.step}, and step {best[0].step} was saved")
@@ -310,7 +383,7 @@ class World:
 
     def deleted(self, key: str) -> None:
         """An object is gone: it was of nothing that anybody may still want."""
-        point = _point(key)
+        point = self._point(key)
         if point is None:
             self.silent(f"{key} is deleted, which is no checkpoint's")
             return
@@ -320,41 +393,45 @@ class World:
                 self.found["unloadable"].append(f"{key} is deleted, and its step may still be committed")
             return
         named = newest is not None and newest.checkpoint == info.n
+        child = next((w.run for w in self.place.worlds if w.parent is self and w.began == info.n), None)
+        if child is not None:
+            self.found["unloadable"].append(f"{key} is deleted, of record {info.n}, from which {child} begins")
         if info.n not in self.state.buried or named or info.n in self.state.pins.values():
             self.found["unloadable"].append(f"{key} is deleted, of record {info.n}, which is not given up")
 
-    def check(self, info: CheckpointInfo, amended: Amendments | None = None) -> None:
+    def check(self, info: CheckpointInfo, course: Course | None = None) -> None:
         """Everything that this record names is there, and is the state of its step."""
-        amended = amended_of(self.state, info) if amended is None else amended
+        course = self.course_of(self.state, info) if course is None else course
         try:
-            reader = StateReader(self.shared, load_manifest(self.shared, RUN, info))
+            reader = StateReader(self.shared, load_manifest(self.shared, self.run, info))
             for number, tensor in enumerate(TENSORS):
                 for kind in range(len(KINDS)):
-                    if bytes(reader.read(tensor.name, kind)) != truth(number, kind, info.step, amended):
+                    if bytes(reader.read(tensor.name, kind)) != truth(number, kind, info.step, course):
                         self.silent(f"record {info.n}: tensor {tensor.name} is not that of step {info.step}")
         except CheckpointError as error:
             self.found["unloadable"].append(f"record {info.n}, step {info.step}: {error}")
 
     def last_look(self) -> None:
         """After the end: what the log says is read again by somebody who knows nothing."""
-        state = RunLog(self.shared, RUN).fold()
+        state = RunLog(self.shared, self.run).fold()
         if state != self.state:
             self.silent("the log reads otherwise than its records were written")
         for info in state.checkpoints:
             if state.usable(info) and info.n not in self.spoilt:
                 self.check(info)
-        if state.ended and state.ended.failure == Failure.RESTORE and not state.restore_candidates() and self.spoilt:
+        spoilt = self.spoilt or (self.parent is not None and self.began in self.parent.spoilt)
+        if state.ended and state.ended.failure == Failure.RESTORE and not state.restore_candidates() and spoilt:
             return  # that it cannot go on is so
         if self.outcome != "succeeded":
             words = state.ended.reason if state.ended else self.stuck()
-            self.found["lost"].append(f"the run has come to {self.outcome or 'no end'}: {words}")
+            self.found["lost"].append(f"{self.run} has come to {self.outcome or 'no end'}: {words}")
             return
         best = state.at_step()
         total = state.amendments.total(self.steps)
         if best is None or best.step < total:
             self.silent(f"the run ended well at step {best.step if best else 0} of {total}")
         elif best.n not in self.spoilt:
-            self.check(best, state.amendments)
+            self.check(best, self.course(self.amends[-1]))
 
     def stuck(self) -> str:
         newest = self.state.newest_attempt
@@ -368,13 +445,5 @@ class World:
         ]
         return f"log at {self.state.n}, attempt {self.state.epoch}; " + "; ".join(said)
 
-
-def _point(key: str) -> tuple[int, int] | None:
-    return keys.point_of(key.removeprefix(keys.run_key(RUN) + "/"))
-
-
-def dataset_there(work: Path) -> None:
-    """As if this machine had the run's data."""
-    folder = work / "data" / DATASET.hex()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "verified").touch()
+    def _point(self, key: str) -> tuple[int, int] | None:
+        return keys.point_of(key.removeprefix(keys.run_key(self.run) + "/"))
