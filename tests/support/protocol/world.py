@@ -328,7 +328,11 @@ class World:
         if body["via"] == "recovery.on_explosion":
             if not self.exploded(attempt.amendments, last):
                 self.silent(f"order {record.n}: the loss of attempt {attempt.n} did not explode up to step {last}")
-            elif self.exploded(attempt.amendments, body["step"]) and body["step"] in self.gone_back_to:
+            elif (
+                self.exploded(attempt.amendments, body["step"])
+                and body["step"] in self.gone_back_to
+                and any(info.step not in self.gone_back_to for info in self.state.restore_candidates())
+            ):
                 self.silent(f"order {record.n} goes on from step {body['step']} again, where the loss was high")
             self.gone_back_to.add(body["step"])
         elif not any(attempt.amendments.batch(s) in self.cursed for s in range(body["step"] + 1, self.steps + 99)):
@@ -426,6 +430,8 @@ class World:
             words = state.ended.reason if state.ended else self.stuck()
             self.found["lost"].append(f"{self.run} has come to {self.outcome or 'no end'}: {words}")
             return
+        if opened_again(state):
+            return  # an order that landed when its writer was dead and the run had ended: whoever resumes goes on
         best = state.at_step()
         total = state.amendments.total(self.steps)
         if best is None or best.step < total:
