@@ -1,7 +1,7 @@
 """A run driven in this process, with Prefect's page beside it: by the command, the demo, or a flow that Prefect runs.
 
 The run's outcome is what counts. Work begins at once, whether Prefect answers, is on its way up or is nowhere; after
-the run's own end Prefect gets ``PREFECT_PATIENCE_S`` to take it.
+the run's own end Prefect gets ``PREFECT_PATIENCE_S`` to take it, longer while it answers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from flows.show.lines import Lines
 
 log = logging.getLogger(__name__)
 
-PREFECT_PATIENCE_S = 10.0
+PREFECT_PATIENCE_S, ANSWERING_S = 10.0, 60.0
+"""At a run's end, for a server that is silent, and for one that goes on answering."""
 END_PATIENCE_S = 600.0
 """For a flow run that nobody waits for: its page has time to be brought up."""
 LEAVING_PATIENCE_S = 2.0
@@ -147,7 +148,7 @@ class Hosted:
             self.say(
                 f"waiting for Prefect, which has not answered yet, to take the run's end: {self.patience_s:g} s at most"
             )
-        if self.page is not None and not self.page.close(outcome, patience_s=self.patience_s) and not self.page.alone:
+        if self.page is not None and not self._told(outcome) and not self.page.alone:
             self.say(
                 "Prefect did not take the end of the flow run; the run itself has ended, and the log in the store "
                 "has everything"
@@ -158,7 +159,11 @@ class Hosted:
         """There is no run to drive; the page is told what was said so far."""
         self._ended = True
         if self.page is not None:
-            self.page.close(None, patience_s=self.patience_s)
+            self._told(None)
+
+    def _told(self, outcome: Outcome | None) -> bool:
+        assert self.page is not None
+        return self.page.close(outcome, patience_s=self.patience_s, answering_s=ANSWERING_S)
 
     def _leave(self, why: str) -> None:
         if self.page is not None and not self._ended:

@@ -250,6 +250,8 @@ class Client:
     """As it may be printed."""
     _close: Callable[[], None]
     patience_s: float = 0.0
+    heard: Callable[[], None] = lambda: None
+    """Called at each answer, also that it is busy."""
 
     @classmethod
     @contextlib.contextmanager
@@ -304,8 +306,12 @@ class Client:
         deadline = time.monotonic() + self.patience_s
         while True:
             try:
-                return self._sorted(work)
-            except (Busy, Slow):
+                found = self._sorted(work)
+                self.heard()
+                return found
+            except (Busy, Slow) as error:
+                if isinstance(error, Busy):
+                    self.heard()
                 if time.monotonic() >= deadline:
                     raise
                 time.sleep(BUSY_PAUSE_S)

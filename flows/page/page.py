@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import queue
 import threading
 import time
@@ -142,6 +143,7 @@ class Page:
         self._check = False
         self._busy = 0
         self._retry_s, self._retry_at = RETRY_S, 0.0
+        self._heard = -math.inf
         self._at = dict.fromkeys(("progress", "full", "lease", "look"), -1e9)
         self._thread = threading.Thread(target=self._work, name="prefect-page", daemon=True)
 
@@ -183,15 +185,20 @@ class Page:
         """Nothing is on the page yet, and nothing has failed: the server is on its way up, or silent."""
         return self.flow_run is None and not self.failures and not self.alone
 
-    def close(self, outcome: Outcome | None, failed: str = "", patience_s: float = 10.0) -> bool:
-        """Tell the end, for at most so long; True where Prefect has all of it. ``failed``: why there is no outcome."""
+    def close(
+        self, outcome: Outcome | None, failed: str = "", patience_s: float = 10.0, answering_s: float = 0.0
+    ) -> bool:
+        """Tell the end, for at most so long, or to a server that goes on answering ``answering_s`` where that is
+        longer; True where Prefect has all of it. ``failed``: why there is no outcome."""
         self._outcome, self._failed = outcome, failed
         self._closing.set()
         with contextlib.suppress(queue.Full):
             self._queue.put_nowait(("wake", None))
-        deadline = time.monotonic() + patience_s
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            if self.flow_run is None and self.failures:
+        began = self.clock()
+        while self._thread.is_alive():
+            if self.clock() >= max(began + patience_s, min(self._heard + patience_s, began + answering_s)):
+                break
+            if self.flow_run is None and self.failures and self._heard == -math.inf:
                 break  # it has never answered: what it would be told now it has not asked for
             self._thread.join(0.1)
         return self._done
@@ -242,6 +249,9 @@ class Page:
                 self._retry_at = self.clock() + self._retry_s
             except Exception as error:  # whatever Prefect's client raises: it must not end the thread
                 self._fail(error, f"Prefect's page is not written ({type(error).__name__}: {error}); the run goes on")
+
+    def _hear(self) -> None:
+        self._heard = self.clock()
 
     def _fail(self, error: Exception, text: str) -> None:
         self.failures += 1
@@ -300,6 +310,7 @@ class Page:
             self._client = self.connect()
             if self._client is None:
                 return False
+            self._client.heard = self._hear
         if self._check and self.flow_run is not None and not self._client.has_flow_run(self.flow_run):
             self.warn("Prefect has lost this flow run: it is written anew")
             self._forget()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from uuid import uuid4
 
@@ -198,6 +199,25 @@ def test_nobody_waits_for_a_server_that_never_answered(store: Store, front: Fron
     told.begin()
     assert not told.fail_and_end()
     assert "no answer at" in told.warned[0]
+
+
+def test_the_end_is_told_to_a_server_that_is_busy_for_long(prefect: Api, store: Store, front: Front) -> None:
+    """Ten seconds are for silence: a server that answers, if only that it is busy, is told all of it."""
+    now = [0.0]
+    told = Told(store, lambda: Client.connect(front.api), clock=lambda: now[0])
+    told.begin()
+    wait_for(lambda: told.page.flow_run, "the flow run", 60)
+    front.mode = 503
+    outcome = Outcome(told.run, "succeeded", "", 60, "ef" * 32, 1, 0)
+    with ThreadPoolExecutor(1) as pool:
+        end = pool.submit(told.page.close, outcome, patience_s=10.0, answering_s=60.0)
+        for _ in range(10):
+            asked = front.asked
+            now[0] += 4.0
+            wait_for(lambda k=asked: front.asked > k or end.done(), "a question", 60)
+        front.mode = "pass"
+        assert end.result(), told.warned
+    assert prefect.named(told.run)[0]["state_type"] == "COMPLETED"
 
 
 def test_telling_never_blocks_and_memory_is_bounded(store: Store) -> None:
