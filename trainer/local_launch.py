@@ -75,6 +75,8 @@ _NO_PLACE = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST),
 }
 _RESTARTS, _RESTART_WINDOW_S = 8, 60.0
+_LEAVE_S = 10.0
+"""For the rest of a launch of which one process does not stay: the agents upload what is saved."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,12 @@ class LocalLauncher:
                         node,
                         error.strerror,
                     )
+        self._end(nodes, grace_s)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _end(self, nodes: Sequence[Path], grace_s: float) -> None:
+        """Their processes; who looks after the nodes may start them again."""
         deadline = self._clock() + grace_s
         if grace_s > 0:
             # first the engine, so that it can save; then the agent, which uploads what was saved
@@ -294,8 +302,6 @@ class LocalLauncher:
             for mark in marks:
                 _signal(mark, signal.SIGKILL, group=True)
             self._await(marks, self._clock() + 10)
-
-    # --- inside -------------------------------------------------------------------------------------------
 
     def _find(self, launch_id: str) -> tuple[Path | None, Held | None]:
         """The launch's folder where this machine has one that holds it, and who has claimed it."""
@@ -374,10 +380,12 @@ class LocalLauncher:
         starts = [t for t in self._starts.get(pid_file, []) if self._clock() - t < _RESTART_WINDOW_S]
         if len(starts) >= _RESTARTS:
             full = _is_full(folder)
+            words = _tail(log_file) or "none"
+            # what still lives of the launch would wait for this one, which nobody starts
+            self._end([folder.parent / f"node{node}" for node in range(_nodes(folder.parent))], _LEAVE_S)
             raise LaunchError(
                 f"the {which} of {folder} died {len(starts)} times within {_RESTART_WINDOW_S:.0f} s; its last words: "
-                f"{_tail(log_file) or 'none'}"
-                + ("; that folder's disk is full: free space, or choose another with --out" if full else "")
+                f"{words}" + ("; that folder's disk is full: free space, or choose another with --out" if full else "")
             )
         self._starts[pid_file] = [*starts, self._clock()]
         with open(log_file, "ab") as log:

@@ -307,6 +307,26 @@ def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> N
         launcher.stop("a", 0)
 
 
+def test_what_lives_of_a_node_that_is_given_up_is_ended(tmp_path: Path) -> None:
+    """Its agent stayed for ever, waiting for a supervisor that nobody would start."""
+    store = tmp_path / "store"
+    (store / "runs").mkdir(parents=True)
+    launcher = LocalLauncher(tmp_path / "out", engine=Path("/bin/false"))
+    launch = Launch("tiny-0", "a", 1, store.as_uri(), tmp_path / "out")
+
+    def again() -> None:
+        for _ in range(200):
+            launcher.ensure(launch)
+            wait_for(lambda: launcher.observe("a").state in ("gone", "partial"), "one of them to die")
+
+    try:
+        with pytest.raises(LaunchError, match=r"the supervisor of .* died 8 times"):
+            again()
+        assert launcher.observe("a").state == "gone"
+    finally:
+        launcher.stop("a", 0)
+
+
 def test_a_folder_that_is_gone_is_not_full(tmp_path: Path) -> None:
     """Who tells why a node died must not die of it."""
     assert not _is_full(tmp_path / "gone")
