@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,9 +99,10 @@ def _tell_left(prepared: Prepared, store: Store, say: Callable[[str], None]) -> 
         state = RunLog(store, run).fold(quick=True)
         saved = state.at_step(None)
         if state.ended is None and saved is not None:
+            resume = f"hotstage runs resume {run} --store {shlex.quote(store.url)}"
             say(
                 f"run {prepared.run} is a new one: {run} (saved at step {saved.step}) has not ended, its spec is the "
-                f"same and its data are others, so the corpus has changed; `hotstage runs resume {run}` goes on with it"
+                f"same and its data are others, so the corpus has changed; `{resume}` goes on with it"
             )
 
 

@@ -135,7 +135,7 @@ def test_who_comes_back_to_a_corpus_that_has_changed_is_told_of_the_run_that_was
     new = on(f"text:{tmp_path}/b.txt")
     (told,) = [line for line in said if left in line]
     assert told.startswith(f"run {new} is a new one: {left} (saved at step 7) has not ended")
-    assert f"hotstage runs resume {left}" in told
+    assert f"hotstage runs resume {left} --store {store.url}`" in told
     on(f"text:{tmp_path}/b.txt")
     assert not [line for line in said if left in line], "only a run that is new needs it"
 
