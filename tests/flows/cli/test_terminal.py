@@ -179,6 +179,7 @@ def test_modules_where_python_keeps_them_hide_nothing() -> None:
 QUITS = """
 import os, signal, threading
 from flows.cli.signals import Signals
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # tests that run in a shell's background have it ignored
 signals = Signals()
 
 def work():
@@ -204,6 +205,7 @@ def test_ctrl_backslash_leaves_and_says_what_goes_on(driving: bool, told: str) -
 PAUSES = """
 import os, signal, threading
 from flows.cli.signals import Signals
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)  # tests that run in a shell's background have it ignored
 signals = Signals()
 
 def work():
