@@ -117,8 +117,8 @@ MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
     "nothing is forgiven": (nothing_is_forgiven, "wrong"),
     "once is enough": (once_is_enough, "wrong"),
     "sick machines are used again": (sick_machines_are_used_again, "wrong orphans"),
-    "a lost launch is not left": (a_lost_launch_is_not_left, "orphans"),
+    "a lost launch is not left": (a_lost_launch_is_not_left, "wrong orphans"),
     "unwatched time counts": (unwatched_time_counts, "killed"),
-    "forgets what was saved since": (protocol.forgets_what_was_saved_since, "orphans"),
+    "forgets what was saved since": (protocol.forgets_what_was_saved_since, "wrong orphans"),
 }
 """Each with the kinds of findings by which it is found."""
