@@ -204,7 +204,6 @@ class LocalLauncher:
                 )
         if launch.nodes < 1:
             raise LaunchError(f"a launch of {launch.nodes} nodes; it needs at least 1")
-        engine = self._engine or ready_engine()
         folder = self._root / "runs" / launch.run / launch.launch_id
         held = self._claims.where(launch.launch_id, folder) if self._claims is not None else None
         if held is not None:
@@ -236,7 +235,7 @@ class LocalLauncher:
                 said["store"] = launch.store_url
             create_file(folder / "launch.json", json.dumps(said).encode(), 0o644)
             for node in range(launch.nodes):
-                self._ensure_node(launch, node, folder / f"node{node}", key, engine)
+                self._ensure_node(launch, node, folder / f"node{node}", key)
         except OSError as error:
             raise _no_place(f"the launch {launch.launch_id} cannot", folder, error) from error
 
@@ -319,7 +318,7 @@ class LocalLauncher:
         # claimed, but not begun: its starter is about to, or is gone
         return (held.folder if (held.folder / "launch.json").exists() else None), held
 
-    def _ensure_node(self, launch: Launch, node: int, folder: Path, key: Path, engine: Path) -> None:
+    def _ensure_node(self, launch: Launch, node: int, folder: Path, key: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         self._reap()
         with _locked(folder / "start.lock") as lock:
@@ -327,7 +326,11 @@ class LocalLauncher:
                 return
             for which in ("agent", "supervisor"):
                 _bound(folder / f"{which}.log")
-            if not self._agent_lives(folder):
+            agent_lives, supervisor = self._agent_lives(folder), _alive(folder / "supervisor.pid")
+            if agent_lives and supervisor is not None:
+                return
+            engine = self._engine or ready_engine()  # before an agent that would wait for it
+            if not agent_lives:
                 root = str(Path(__file__).resolve().parent.parent)
                 env = dict(os.environ)
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
@@ -338,7 +341,7 @@ class LocalLauncher:
                     args += ["--host", launch.how["launch"]["host"]]
                 args += [*self._agent_args, *self._tied]
                 self._start(args, env, folder, "agent", lock)
-            if _alive(folder / "supervisor.pid") is None:
+            if supervisor is None:
                 env = {name: value for name, value in os.environ.items() if _ENGINE_ENV.match(name)}
                 env |= cuda_environment()
                 args = [str(engine), "node", "--agent", "agent.sock", *self._tied]

@@ -347,8 +347,7 @@ class FileStore:
         StoreRefused where none can be.
         """
         known = self._folder  # before the look: another thread may be making the folder
-        met = self._met is not None and os.path.exists(self._met)
-        if known is not None and known != _number(self.root) and not met:
+        if known is not None and known != _number(self.root) and not (self._met and os.path.exists(self._met)):
             raise StoreUnavailable(
                 f"the file store {self.root} is gone, and this process has used it: put the folder back where it was, "
                 "or mount its disk again, and it goes on; nothing is written there meanwhile"

@@ -90,11 +90,14 @@ def cause_of(
         cause = Cause(Failure.INFRA, f"node {first.node} is gone", "", None, reached, place=first.place)
     if cause is not None and cause.rank is not None:
         # a rank that lost its peer tells of that peer's machine, which may be gone without a word
-        if cause.cls in (Failure.STALL, Failure.INFRA):
-            place = _waited_place(_waited_for(cause.rank, ranks), mine, policy)
-        else:
-            place = next((n.place for n in mine if any(r.rank == cause.rank for r in n.ranks)), "")
-        cause = replace(cause, place=place)
+        lost_peer = cause.cls in (Failure.STALL, Failure.INFRA)
+        blamed = _waited_for(cause.rank, ranks) if lost_peer else cause.rank
+        node = next((n for n in mine if any(r.rank == blamed for r in n.ranks)), None)
+        if lost_peer and any(r.rank == blamed and r.ended and r.words is None for r in ranks):
+            # ended before it could say whom it waited for: a silent node, with ranks of which nobody knows
+            silent = (n for n in mine if n.age_s >= policy.stall_s and not all(r.ended for r in n.ranks))
+            node = next(silent, node)
+        cause = replace(cause, place=node.place if node is not None else "")
     return cause if lost is None else _outranked(cause, lost, ranks, newest.ranks)
 
 
@@ -105,17 +108,6 @@ def _lost_another(node: NodeView, ranks: Sequence[RankView]) -> bool:
     here = {r.rank for r in node.ranks}
     lost = [r.rank for r in node.ranks if r.ended and rank_class(r) is Failure.INFRA]
     return all(r.ended for r in node.ranks) and any(_waited_for(rank, ranks) not in here for rank in lost)
-
-
-def _waited_place(blamed: int, mine: Sequence[NodeView], policy: Policy) -> str:
-    """The machine of who was waited for. One that was ended without a word could not say whom it waited for: where a
-    node is silent then, with ranks of which nobody knows, that one.
-    """
-    node, rank = next(((n, r) for n in mine for r in n.ranks if r.rank == blamed), (None, None))
-    if node is None or rank is None:
-        return ""
-    silent = (n for n in mine if n.age_s >= policy.stall_s and not all(r.ended for r in n.ranks))
-    return next(silent, node).place if rank.ended and rank.words is None else node.place
 
 
 def _waited_for(rank: int, ranks: Sequence[RankView]) -> int:

@@ -142,10 +142,11 @@ def tell_lacking(folder: Path, tokenizer: Tokenizer) -> None:
             tree = _beside(folder / name) if (folder / name).is_file() else {}
         except SpecError:  # told where it is needed
             continue
-        added = tree.get("added_tokens_decoder") if name == "tokenizer_config.json" else tree
-        pairs: list[tuple[Any, Any]] = list(added.items()) if isinstance(added, Mapping) else []
+        pairs: list[tuple[Any, Any]] = list(tree.items())
         if name == "tokenizer_config.json":
-            pairs = [(row.get("content") if isinstance(row, Mapping) else None, number) for number, row in pairs]
+            rows = tree.get("added_tokens_decoder")
+            items = rows.items() if isinstance(rows, Mapping) else ()
+            pairs = [(row.get("content"), number) for number, row in items if isinstance(row, Mapping)]
         lacking = [(t, n) for t, n in pairs if isinstance(t, str) and str(tokenizer.token_to_id(t)) != str(n)]
         if lacking:
             log.warning(

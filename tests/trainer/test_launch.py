@@ -291,18 +291,20 @@ def test_a_limit_of_processor_time_is_told_first(tmp_path: Path, caplog: pytest.
     assert "killed after 1073741824 s of processor time (ulimit -t)" in caplog.text
 
 
+def ensure_again(launcher: LocalLauncher, launch: Launch) -> None:
+    """As a driver does, of a launch of which something dies each time."""
+    for _ in range(200):
+        launcher.ensure(launch)
+        wait_for(lambda: launcher.observe("a").state in ("gone", "partial"), "one of them to die")
+
+
 def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> None:
     launcher = LocalLauncher(tmp_path / "out", engine=Path("/bin/false"))
     launch = Launch("tiny-0", "a", 1, "s3://", tmp_path / "out")  # no bucket: the agent refuses it
 
-    def again() -> None:
-        for _ in range(200):
-            launcher.ensure(launch)
-            wait_for(lambda: launcher.observe("a").state in ("gone", "partial"), "one of them to die")
-
     try:
         with pytest.raises(LaunchError, match=r"died .* times"):
-            again()
+            ensure_again(launcher, launch)
     finally:
         launcher.stop("a", 0)
 
@@ -314,14 +316,9 @@ def test_what_lives_of_a_node_that_is_given_up_is_ended(tmp_path: Path) -> None:
     launcher = LocalLauncher(tmp_path / "out", engine=Path("/bin/false"))
     launch = Launch("tiny-0", "a", 1, store.as_uri(), tmp_path / "out")
 
-    def again() -> None:
-        for _ in range(200):
-            launcher.ensure(launch)
-            wait_for(lambda: launcher.observe("a").state in ("gone", "partial"), "one of them to die")
-
     try:
         with pytest.raises(LaunchError, match=r"the supervisor of .* died 8 times"):
-            again()
+            ensure_again(launcher, launch)
         assert launcher.observe("a").state == "gone"
     finally:
         launcher.stop("a", 0)
