@@ -16,7 +16,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from checkpoint.agent import events as ev
 from checkpoint.agent import groups
 from tests.support.protocol.gate import KILLS, LOSSES, Fault
 from tests.support.protocol.hub import folds_every, quiet, swapped
@@ -112,11 +111,9 @@ class Striker:
 
     @staticmethod
     def _leave(world: World) -> None:
-        """SIGTERM to a gang: its ranks save one step and go, its agents with them."""
+        """SIGTERM to a gang."""
         for host in list(world.hosts.values())[-1] if world.hosts else ():
-            agent = host.agent
-            if agent is not None and agent.alive:
-                world.hub.at(0.0, agent, lambda agent=agent: agent.hear(ev.Terminate()))  # type: ignore[misc]
+            host.terminate()
 
     def _instant(self) -> None:
         processes = self.place.everybody

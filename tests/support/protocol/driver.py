@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint.agent import events as ev
 from checkpoint.errors import StoreError
 from checkpoint.log import RunLog
 from flows.drive.events import Outcome
@@ -106,9 +105,8 @@ class Launcher:
         hosts = self._hosts(launch_id, twins=True)
         for host in hosts:
             host.left = host.left or "stopped"
-            agent = host.agent
-            if grace_s and agent is not None and agent.alive:
-                self._hub.at(0.0, agent, lambda agent=agent: agent.hear(ev.Terminate()))  # type: ignore[misc]
+            if grace_s:
+                host.terminate()
         until = self._hub.now + grace_s
         while self._hub.now < until and any(host.processes() for host in hosts):
             self._hub.sleep(1.0)

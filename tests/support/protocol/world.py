@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint import keys
 from checkpoint.agent import effects as do
+from checkpoint.agent import events as ev
 from checkpoint.agent.gang import Gang as GangOf
 from checkpoint.amendments import NONE, Amendments
 from checkpoint.claims import Place
@@ -66,6 +67,12 @@ class Host:
         if fresh:
             engine = self.engine
             self.world.hub.at(0.05, engine, engine.connect)
+
+    def terminate(self) -> None:
+        """SIGTERM: its ranks save one step and go, and its agent with them."""
+        agent = self.agent
+        if agent is not None and agent.alive:
+            self.world.hub.at(0.0, agent, lambda: agent.hear(ev.Terminate()))
 
     def processes(self) -> list[Process]:
         return [p for p in (self.agent, self.engine) if p is not None and p.alive]
