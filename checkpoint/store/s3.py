@@ -45,6 +45,7 @@ from checkpoint.store.base import (
     check_size,
     fill,
     ignored,
+    is_name,
 )
 from checkpoint.store.limits import PACED_BYTES, Rate
 from checkpoint.store.s3_answers import FOREIGN, NOT_S3, Retry, translate
@@ -227,20 +228,11 @@ class S3Store:
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         check_prefix(prefix)
-        what = f"listing {prefix!r}"
         more = {"StartAfter": self._root + start_after} if start_after else {}
-        while True:
-            ask = partial(self._ask, "list_objects_v2", what, prefix, Prefix=self._root + prefix, **more)
-            page = self._retry.run(what, ask)
-            for entry in page.get("Contents", ()):
-                key = str(entry["Key"])[len(self._root) :]
-                if key > start_after:
-                    yield Info(key, int(entry["Size"]), _when(entry))
-            if not page.get("IsTruncated"):
-                return
-            if not page.get("NextContinuationToken"):
-                raise StoreUnavailable(f"{what}: {self._url} cut the listing and did not say how to go on")
-            more = {"ContinuationToken": str(page["NextContinuationToken"])}
+        for entry in self.listed(self._root + prefix, **more):
+            key = str(entry["Key"])[len(self._root) :]
+            if key > start_after and all(map(is_name, key.split("/"))):  # no folder's mark, no copy of a tool
+                yield Info(key, int(entry["Size"]), _when(entry))
 
     def delete(self, key: str) -> None:
         check_key(key)
@@ -266,6 +258,31 @@ class S3Store:
         """An operation on an object that the seam has not (``s3_parts.py``): its answer, or one of our errors."""
         check_key(key)
         return self._retry.run(what, lambda: self._ask(operation, what, key, Key=self._root + key, **arguments))
+
+    def listed(self, begin: str, **more: str) -> Iterator[dict[str, Any]]:
+        """``Key``, ``Size``, ``ETag`` and ``LastModified`` of what begins so in the whole bucket, page after page."""
+        what = f"listing {begin!r}"
+        token = ""
+        while True:
+            ask = partial(self._ask, "list_objects_v2", what, begin, Prefix=begin, **more)
+            page = self._retry.run(what, ask)
+            for entry in page.get("Contents", ()):
+                if not str(entry["Key"]).startswith(begin):
+                    raise StoreRefused(
+                        f"{what}: {self._url} lists {str(entry['Key'])[:200]!r}, which does not begin so: this server, "
+                        "or a proxy before it, cannot list names as hotstage needs it; use another one"
+                    )
+                yield entry
+            if not page.get("IsTruncated"):
+                return
+            before, token = token, str(page.get("NextContinuationToken") or "")
+            if token in ("", before):
+                raise StoreRefused(
+                    f"{what}: {self._url} lists {len(page.get('Contents', ()))} names, says that there are more, and "
+                    f"{'not how to go on' if not token else 'shows the same page again'}: what follows cannot be "
+                    "found on such a server; use another one"
+                )
+            more = {"ContinuationToken": token}
 
     def foreign(self, what: str, read: Callable[[Callable[..., dict[str, Any]], float], T]) -> T:
         """What ``read`` makes of the bucket (``s3_foreign.py``): it is given how to ask, and how long a body may take;

@@ -1,11 +1,11 @@
-"""Objects of a bucket that others wrote, under any names: what there is, and ranges of one as it was seen.
+"""Objects of a bucket that others wrote, under any names: ranges of one as it was seen.
 
 Reading alone: a corpus lies in a bucket as it was put there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from checkpoint.errors import StoreUnavailable
@@ -14,21 +14,6 @@ from checkpoint.store.s3_answers import FOREIGN, translate
 from checkpoint.store.s3_bodies import read_all
 
 Ask = Callable[..., dict[str, Any]]
-
-
-def objects(store: S3Store, prefix: str) -> Iterator[dict[str, Any]]:
-    """``Key``, ``Size``, ``ETag`` and ``LastModified`` of what begins with the prefix, in byte order of the names."""
-    what = f"listing {prefix!r}"
-    more: dict[str, Any] = {}
-    while True:
-        wanted = dict(more)
-        page = store.foreign(what, lambda ask, _, wanted=wanted: ask("list_objects_v2", Prefix=prefix, **wanted))  # type: ignore[misc]
-        yield from page.get("Contents", ())
-        if not page.get("IsTruncated"):
-            return
-        if not page.get("NextContinuationToken"):
-            raise StoreUnavailable(f"{what}: {store.url} cut the listing and did not say how to go on")
-        more = {"ContinuationToken": str(page["NextContinuationToken"])}
 
 
 def part(store: S3Store, key: str, first: int, length: int, etag: str) -> bytes | None:

@@ -97,6 +97,9 @@ class HostileS3:
         self.lower_case = False  # names of headers
         self.etag = True
         self.lists = True
+        self.any_prefix = False  # whether it lists the whole bucket, whatever is asked for
+        self.page = 1000  # names that a listing shows at a time, ...
+        self.goes_on: Literal["right", "again", "unsaid"] = "right"  # ... and what it does when it is asked for more
         self.tokens: set[str] | None = None  # session tokens that are taken; None: all
         self.faults: deque[Fault] = deque()
         self.applies: tuple[str, ...] = ("PUT",)
@@ -326,16 +329,21 @@ def hostile_s3(tls: ssl.SSLContext | None = None) -> Iterator[HostileS3]:
             query = parse_qs(urlsplit(self.path).query)
             with state.lock:
                 if "list-type" in query:
-                    prefix = query.get("prefix", [""])[0]
+                    prefix = "" if state.any_prefix else query.get("prefix", [""])[0]
                     shown = list(state.objects)[: -1 if "unlisted" in state.lies else None]
                     names = sorted(name for name in shown if name.startswith(prefix) and state.lists)
                     if "order" in state.lies:
                         names.sort(key=str.lower)
+                    first = int(query.get("continuation-token", ["0"])[0]) if state.goes_on == "right" else 0
+                    cut, names = len(names) > first + state.page, names[first : first + state.page]
+                    token = f"<NextContinuationToken>{first + state.page}</NextContinuationToken>"
                     rows = "".join(
                         f"<Contents><Key>{n}</Key><Size>{len(state.objects[n])}</Size>{self.when(n)}</Contents>"
                         for n in names
                     )
-                    text = f"<ListBucketResult><IsTruncated>false</IsTruncated>{rows}</ListBucketResult>"
+                    more = token if cut and state.goes_on != "unsaid" else ""
+                    said = f"<IsTruncated>{str(cut).lower()}</IsTruncated>{more}"
+                    text = f"<ListBucketResult>{said}{rows}</ListBucketResult>"
                     return self.answer(200, text.encode(), {"Content-Type": "application/xml"})
                 data = state.objects.get(self.key())
                 if "stale" in state.lies:

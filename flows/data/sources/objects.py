@@ -37,7 +37,7 @@ def look_at_objects(source: str) -> list[Entry]:
     fixed = pattern[: m.start()] if (m := re.search(r"[*?[]", pattern)) else pattern
     parts = pattern.split("/")
     found, seen = [], 0
-    for row in _reading(_address(bucket, query), lambda store: list(_foreign().objects(store, fixed)), source):
+    for row in _reading(_address(bucket, query), lambda store: list(store.listed(fixed)), source):
         seen += 1
         if row["Key"].endswith("/") or not _fits(row["Key"].split("/"), parts):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Literal
 
 import botocore.exceptions
 import botocore.parsers
@@ -192,6 +193,44 @@ def test_a_size_that_is_wrong_is_unavailable(peer: HostileS3) -> None:
     peer.length = "wrong"
     with pytest.raises(StoreUnavailable):
         client(peer).get(KEY)
+
+
+def test_what_is_no_object_of_ours_is_not_listed(peer: HostileS3) -> None:
+    """Marks of folders, as web consoles and some servers make them, and copies of tools."""
+    for name in (
+        "p/",
+        "p/runs/",
+        "p/runs/r/log/",
+        f"p/{KEY}",
+        "p/runs/r/log/copy of 1",
+        "p/runs/.DS_Store",
+        "pp/runs/x",
+    ):
+        peer.objects[name] = b""
+    assert [info.key for info in client(peer).list("runs/")] == [KEY]
+    assert [info.key for info in client(peer).list("")] == [KEY]
+
+
+def test_listings_of_many_pages(peer: HostileS3) -> None:
+    names = [f"runs/r/live/{n}" for n in range(9)]
+    peer.objects |= {f"p/{name}": b"" for name in names}
+    peer.page = 2
+    assert [info.key for info in client(peer).list("runs/")] == names
+
+
+@pytest.mark.parametrize(("goes_on", "says"), [("again", "shows the same page again"), ("unsaid", "not how to go on")])
+def test_a_listing_without_an_end_is_refused(peer: HostileS3, goes_on: Literal["again", "unsaid"], says: str) -> None:
+    peer.objects |= {f"p/runs/r/live/{n}": b"" for n in range(9)}
+    peer.page, peer.goes_on = 4, goes_on
+    with pytest.raises(StoreRefused, match=f"lists 4 names, says that there are more, and {says}.*use another one"):
+        list(client(peer).list("runs/"))
+
+
+def test_a_listing_of_other_names_is_refused(peer: HostileS3) -> None:
+    """As by a proxy that drops what stands behind the question mark, or takes a + in it for a blank."""
+    peer.objects[f"other/{KEY}"], peer.any_prefix = b"", True
+    with pytest.raises(StoreRefused, match=r"lists 'other/runs/.*does not begin so"):
+        list(client(peer).list("runs/"))
 
 
 @pytest.mark.parametrize(
