@@ -42,10 +42,14 @@ from trainer.spec_how import (
 )
 from trainer.spec_layouts import layout_words, other_hows
 from trainer.spec_watch import WATCHED, EvalSpec, LimitsSpec, TrackSpec, ValidationSpec
-from trainer.wire import VOCAB_BLOCKS
+from trainer.wire import ATTENTION_HEAD_MAX, VOCAB_BLOCKS
 from trainer.wire.packed import RECORD_DEPTH, pack
 
 MAX_MICROBATCHES = 1 << 16
+MAX_BETA, MAX_CLIP = 0.999999999, 1e30
+"""What the engine's loader takes at most (``run/plan/tables.c``)."""
+LEAST_FLOAT32 = 1e-37
+"""The engine computes with float32, where less is 0 or has fewer digits, and 0 / 0 is no number."""
 DEFAULT_GROUPS = 8
 """Of ``train.reduction_groups``, where the microbatches of a step allow it."""
 FP8_SIDE = 16
@@ -74,7 +78,7 @@ class ModelSpec(Section):
     width: int = size(high=1 << 20, text="size of the residual stream")
     heads: int = size(high=1 << 16, text="query heads")
     kv_heads: int | None = size(None, high=1 << 16, text="key/value heads (not gpt2); unset: as many as heads")
-    head_size: int | None = size(None, high=1024, text="elements of a head; unset: width / heads")
+    head_size: int | None = size(None, high=ATTENTION_HEAD_MAX, text="elements of a head; unset: width / heads")
     hidden: int | None = size(
         None, high=1 << 22, text="width inside the MLP; unset: 4*width (gpt2), else 8/3*width rounded up to 64"
     )
@@ -86,7 +90,7 @@ class ModelSpec(Section):
         high=1 << 24,
         text="keys that a token reads at most, its own and those before it (mistral); 0: all",
     )
-    norm_eps: float = Field(1e-5, gt=0, lt=1, description="added to the variance in norms")
+    norm_eps: float = Field(1e-5, ge=LEAST_FLOAT32, lt=1, description="added to the variance in norms")
     rope_base: float = Field(10_000.0, gt=1, description="base of the rotary angles (not gpt2)")
     tied: bool = Field(True, description="the head shares the token embedding's weights")
     init_std: float = Field(0.02, gt=0, lt=10, description="standard deviation of initial weights")
@@ -107,6 +111,12 @@ class ModelSpec(Section):
             raise ValueError(
                 f"heads {self.heads} do not divide width {self.width}; take heads = {below} or a width that is a "
                 f"multiple of {self.heads}"
+            )
+        if self.size_of_head > ATTENTION_HEAD_MAX:
+            least = min(h for h in divisors(self.width) if self.width <= h * ATTENTION_HEAD_MAX)
+            raise ValueError(
+                f"heads {self.heads}: each has width / heads = {self.size_of_head} elements; attention takes at most "
+                f"{ATTENTION_HEAD_MAX}: take heads = {least}"
             )
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(
@@ -154,11 +164,11 @@ class OptimizerSpec(Section):
     )
     lr: float = Field(3e-4, gt=0, le=10, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, le=10, description="floor of the learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0, lt=1)
+    beta1: float = Field(0.9, ge=0, le=MAX_BETA)
+    beta2: float = Field(0.95, ge=0, le=MAX_BETA)
+    eps: float = Field(1e-8, ge=LEAST_FLOAT32, lt=1)
     weight_decay: float = Field(0.1, ge=0, le=10)
-    clip: float = Field(1.0, ge=0, description="limit of the global gradient norm; 0: off")
+    clip: float = Field(1.0, ge=0, le=MAX_CLIP, description="limit of the global gradient norm; 0: off")
     momentum: float = Field(MOMENTUM, ge=0, lt=1, description="of muon, with Nesterov's step")
 
     @model_validator(mode="after")
@@ -202,7 +212,7 @@ class TrainSpec(Section):
 
     steps: int = size(high=1 << 40, text="optimizer steps of the run")
     batch: int = size(text="sequences a step")
-    microbatch: int = size(text="sequences a microbatch")
+    microbatch: int = size(high=1 << 20, text="sequences a microbatch")
     sequence: int = size(high=1 << 24, text="tokens a sequence")
     precision: Precision = Field(
         "fp32",

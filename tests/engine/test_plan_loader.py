@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from checkpoint.layout import PlanRefused, read_plan
 from tests.engine.engine_build import engine
 from tests.engine.plans import GPT2, LLAMA, edited, mixture, replicated, sealed, small_plan
 from trainer import wire
+from trainer.errors import SpecError
 from trainer.wire.order import MixPhase
 from trainer.wire.plan import parse
 
@@ -71,6 +73,34 @@ def test_a_plan_without_a_mixture_is_as_ever_and_one_with_it_is_of_a_newer_versi
     whole = (MixPhase(1, (1, 1, 1)), *(MixPhase(step, (step % 7, 1, 65_000)) for step in range(2, 257)))
     assert check(mixture(*whole)) == (0, "")
     assert read_plan(mixture(*whole)).data is not None
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "words"),
+    [
+        ({"width": 512, "heads": 1}, {}, ""),
+        ({"width": 1026, "heads": 2}, {}, "width / heads = 513 elements; attention takes at most 512: take heads = 3"),
+        (LLAMA | {"head_size": 512}, {}, ""),
+        (LLAMA | {"head_size": 514}, {}, "model.head_size 514 must be at most 512"),
+        ({}, {"optimizer": {"clip": 1e30, "beta1": 0.999999999, "beta2": 0.999999999, "eps": 1e-37}}, ""),
+        ({}, {"optimizer": {"clip": 1.1e30}}, "clip 1.1e+30 must be at most 1e+30"),
+        ({}, {"optimizer": {"beta1": 1 - 1e-10}}, "beta1 0.9999999999 must be at most 0.999999999"),
+        ({}, {"optimizer": {"beta2": 1 - 1e-10}}, "beta2 0.9999999999 must be at most 0.999999999"),
+        ({}, {"optimizer": {"eps": 1e-46}}, "eps 1e-46 must be at least 1e-37"),  # 0 in float32, and 0 / 0 a step later
+        ({"norm_eps": 1e-46}, {}, "norm_eps 1e-46 must be at least 1e-37"),
+        ({}, {"batch": 1 << 20, "microbatch": 1 << 20}, ""),
+        ({}, {"batch": 1 << 21, "microbatch": 1 << 21}, "microbatch 2097152 must be at most 1048576"),
+    ],
+)
+def test_what_a_spec_takes_at_its_limits_the_engine_takes(
+    check: Check, model: dict[str, Any], train: dict[str, Any], words: str
+) -> None:
+    """A run that the loader refuses has been launched, and is told to be compiled again."""
+    if words:
+        with pytest.raises(SpecError, match=re.escape(words)):
+            small_plan(model=GPT2 | model, **train)
+    else:
+        assert check(small_plan(model=GPT2 | model, **train).to_bytes()) == (0, "")
 
 
 def relabelled(data: bytes, version: int) -> bytes:
