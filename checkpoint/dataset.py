@@ -2,6 +2,7 @@
 
 v 1
 vocab, eot        size of the vocabulary; the token that ends a document, or None
+begin             the token that begins each document; missing where none does
 token_bytes       of a stored token: 2 or 4
 shards            [{tokens, bytes, sha256 (hex)}...] of ``00000.bin`` and on
 tokenizer_sha256  of ``tokenizer.json`` (hex)
@@ -75,6 +76,7 @@ class DatasetManifest:
     eot: int | None
     shards: tuple[ShardRow, ...]
     tokenizer_sha256: str
+    begin: int | None = None
     inputs: str | None = None
     """Of what it was made (hex)."""
     parts: tuple[tuple[str, int], ...] = ()
@@ -110,6 +112,7 @@ def parse_dataset_manifest(data: bytes, digest: str) -> DatasetManifest:
         vocab=f.integer("vocab", 1),
         token_bytes=f.integer("token_bytes", 1),
         eot=f.integer("eot", 0) if f.has("eot") else None,
+        begin=f.integer("begin", 0) if f.has("begin") else None,
         shards=tuple(_shard(row, f"{what}, shard {number}") for number, row in enumerate(rows)),
         tokenizer_sha256=f.hex("tokenizer_sha256"),
         inputs=f.text("inputs", 64) if f.has("inputs") else None,

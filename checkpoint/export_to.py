@@ -29,6 +29,8 @@ RUN_MARK = "hotstage_run"
 _HEAD_BYTES = 512
 ADAPTER = re.compile(r"adapter_(config\.json|model\..*)")
 """Files by which a folder holds an adapter of a model."""
+TEMPLATE = "chat_template.jinja"
+"""How a talk is written for a model."""
 Buffer = bytes | bytearray | memoryview
 """Contiguous little-endian bytes (a C-ordered NumPy array's ``.data.cast("B")``)."""
 
@@ -151,6 +153,11 @@ def refuse_others(where: str, there: Iterable[str], names: Sequence[str], weight
         raise StoreRefused(
             f"{where} holds an adapter ({adapter}), with which others would open these weights: remove it, or choose "
             "another folder with -o"
+        )
+    if TEMPLATE in there and TEMPLATE not in names:
+        raise StoreRefused(
+            f"{where} holds a {TEMPLATE}, with which others would talk to this model, and it has none: remove it, or "
+            "choose another folder with -o"
         )
     others = sorted(n for n in there if n.startswith(weights) and ".safetensors" in n and n not in names)
     if others:

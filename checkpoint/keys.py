@@ -17,6 +17,7 @@
     runs/<run>/manifests/<step>-<epoch>/pages/...     of any of these, where it is large (pages.py)
     runs/<run>/chunks/<step>-<epoch>/<rank>-<incarnation>-<index>
     runs/<run>/live/...                               hints, and two kinds of claims:
+    .../beside                                            what lay beside imported weights (flows/drive/hf_beside.py)
     .../fold                                              the log's condensed state (log/run_log.py)
     .../curve                                             the index of metrics (curve.py)
     .../launch/<launch>                                   claim of a launch (claims.py)
@@ -140,6 +141,11 @@ def live_key(run: str, *names: object) -> str:
 def curve_key(run: str) -> str:
     """Of the index of metrics."""
     return live_key(run, "curve")
+
+
+def beside_key(run: str) -> str:
+    """Of what lay beside the weights that the run holds, for its exports."""
+    return live_key(run, "beside")
 
 
 def collected_key(run: str) -> str:

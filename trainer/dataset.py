@@ -66,8 +66,9 @@ class DatasetRef:
     """A prepared dataset, as the planner sees it.
 
     ``digest`` is the SHA-256 (hex) of its manifest, ``shards`` the number of tokens of each shard in order,
-    ``token_bytes`` 2 or 4, ``eot`` the token that ends a document, or None; ``mix``: of what it is mixed, None where it
-    is one corpus; ``counted``: tokens whose prediction counts, None where it has no mask, so that all do.
+    ``token_bytes`` 2 or 4; ``eot``, ``begin``: the token that ends, begins each document, or None; ``mix``: of what it
+    is mixed, None where it is one corpus; ``counted``: tokens whose prediction counts, None where it has no mask, so
+    that all do.
     """
 
     digest: str
@@ -78,6 +79,7 @@ class DatasetRef:
     eot: int | None = None
     mix: Mixture | None = None
     counted: int | None = None
+    begin: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("digest", self.digest), ("tokenizer_digest", self.tokenizer_digest)):
@@ -99,6 +101,8 @@ class DatasetRef:
             raise DatasetError(f"dataset has shards {list(self.shards)}; at least one shard with tokens is needed")
         if self.eot is not None and not 0 <= self.eot < self.vocab:
             raise DatasetError(f"dataset eot {self.eot} is outside its vocabulary of {self.vocab}")
+        if self.begin is not None and not 0 <= self.begin < self.vocab:
+            raise DatasetError(f"dataset begin {self.begin} is outside its vocabulary of {self.vocab}")
         if self.mix is not None and sum(count for _, count in self.mix.parts) != len(self.shards):
             raise DatasetError(f"the parts of a mixture have not the {len(self.shards)} shards of its dataset")
 
@@ -137,6 +141,7 @@ class DatasetRef:
             "tokenizer_digest": self.tokenizer_digest,
             "eot": self.eot,
             **({} if self.mix is None else {"mix": self.mix.to_map()}),
+            **({} if self.begin is None else {"begin": self.begin}),
             **({} if self.counted is None else {"counted": self.counted}),
         }
 

@@ -102,6 +102,10 @@ class DataSpec(Section):
     end_token: str | None = Field(
         None, description='token of data.tokenizer that ends a document; unset: <|endoftext|>; "": none'
     )
+    begin_token: str | None = Field(
+        None,
+        description="token of data.tokenizer that each document begins with, as its model was trained; unset: none",
+    )
     shuffled: bool = Field(True, description="keyed permutation of blocks and samples; false: in order")
     block: int = size(64, text="samples a block of the shuffle")
     window: int = size(64, text="blocks a window of the shuffle")
@@ -171,6 +175,16 @@ class DataSpec(Section):
             raise ValueError(
                 f"end_token {shown(self.end_token)} is for a tokenizer that is given with data.tokenizer; the one "
                 "that is trained here ends documents with <|endoftext|>: leave it out"
+            )
+        if self.begin_token and self.tokenizer is None:
+            raise ValueError(
+                f"begin_token {shown(self.begin_token)} is for a tokenizer that is given with data.tokenizer; the one "
+                "that is trained here has none: leave it out"
+            )
+        if self.begin_token and self.begin_token == self.end_token:
+            raise ValueError(
+                f"begin_token and end_token are both {shown(self.begin_token)}: one stands between two documents; "
+                "leave begin_token out"
             )
         if self.packing == "within" and self.end_token == "":
             raise ValueError(

@@ -49,6 +49,7 @@ _BY_NAME: Mapping[str, str] = {
     "prompt_key prompt_column field_instruction completion_only_loss train_on_inputs mask_prompt": "data.prompt_field",
     "tokenizer_path tokenizer_file tokenizer_name": "data.tokenizer",
     "eos_token eod_token eot_token": "data.end_token",
+    "bos_token bod_token add_bos_token": "data.begin_token",
     "eval_steps eval_interval eval_every eval_freq eval_strategy evaluation_strategy val_check_interval": (
         "validation.every, counted in steps"
     ),

@@ -44,7 +44,7 @@ def import_(
     from flows.cli.from_config import spec_text
     from flows.cli.signals import Signals
     from flows.drive.begin_from import import_folder
-    from flows.drive.their_tokenizer import further_ends
+    from flows.drive.hf_beside import ends_of
     from flows.drive.train import store_at
     from flows.show.facts import state_bytes
     from flows.show.saved import size_words
@@ -75,11 +75,13 @@ def import_(
     model, many = spec.model, count_text(weights.bytes // 4)
     say(f"model      {model.family}, {many} parameters in {model.layers} layers, {' and '.join(weights.dtypes)}")
     say(f"tokenizer  {spec.data.tokenizer}, a text ends with {spec.data.end_token or 'nothing'}")
-    if weights.tokenizer and (others := further_ends(path, weights.tokenizer, spec.data.end_token)):
-        say(
-            f"           its files name {', '.join(others)} too, at which nothing stops here, nor what opens an "
-            "export: where answers end with another one, name that (--end-token)"
-        )
+    if weights.tokenizer:
+        end = None if not spec.data.end_token else weights.tokenizer.token_to_id(spec.data.end_token)
+        others = [
+            str(weights.tokenizer.id_to_token(n)) for n in ends_of(weights.beside, weights.tokenizer, end) if n != end
+        ]
+        if others:
+            say(f"           answers end with {', '.join(others)} too, as its files say")
     say(f"weights    step 0 of {run} in {opened.describe()} ({size_words(state)} with moments of zero)")
     say(f"spec       {file}, data.source = {spec.data.source!r}: write your own text there")
     for text in (f"chat {run}", f"train {shlex.quote(str(file))}"):

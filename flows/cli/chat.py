@@ -54,7 +54,7 @@ def chat(run: str, tokens: int, temperature: float, top_k: int, seed: int, step:
 def _answer(text: Text, line: str, tokens: int) -> None:
     """Add a person's line and print what the model adds to it, until its end or Ctrl-C."""
     forgotten = text.forgotten
-    text.say(line if not text.ids or text.ids[-1] == text.eot else f"\n{line}")
+    text.say(line if not text.ids or text.ids[-1] in text.ends else f"\n{line}")
     count = 0
     with first_ctrl_c() as stopped:
         for piece in text.answer(tokens):

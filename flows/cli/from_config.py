@@ -102,13 +102,18 @@ def _model_lines(model: ModelSpec) -> list[str]:
 
 
 def _tokenizer_lines(folder: Path, given: str | None, end: str | None) -> list[str]:
+    from flows.data.tokenizer import template_begin
     from flows.drive.their_tokenizer import TOKENIZER, end_of, read_tokenizer
 
     path = Path(given) if given is not None else folder / TOKENIZER
     if given is None and not path.is_file():
         return ['# tokenizer = "tokenizer.json"  # the model\'s own; else one is trained']
-    token = end_of(folder, read_tokenizer(path)) if end is None else end
+    tokenizer = read_tokenizer(path)
+    token = end_of(folder, tokenizer) if end is None else end
     named = [f"end_token = {_toml(token)}"] if token is not None else []
+    begins = [tokenizer.id_to_token(number) for number in template_begin(tokenizer)]
+    if len(begins) == 1 and begins[0] != token:
+        named.append(f"begin_token = {_toml(begins[0])}  # as its template begins a text")
     return [f"tokenizer = {_toml(os.path.abspath(path))}", *named]
 
 

@@ -6,7 +6,8 @@ What is kept, a part after about a piece's text:
     sample/<piece>          blocks of text to train on: sizes (bytes, u32 each), text
     tokens/<piece>.<part>   tokens of the dataset, masked where it has prompts; held/... of its validation part
     encode/<piece>.<part>   how many: tokens, held; texts (without the ends of documents), unknown,
-                            letters (that are unknown), twice (texts that end with the end token already)
+                            letters (that are unknown), twice (texts that end with the end token already),
+                            begun (and begin with the begin token)
     encode/<piece>          the same of the piece, and parts
 """
 
@@ -32,7 +33,7 @@ SAMPLE_LETTERS = 64 << 20
 """Text that the tokenizer is trained on: all of it up to so much, of more a part that its content chooses."""
 _BATCH_BLOCKS, _BATCH_LETTERS = 4096, 1 << 20
 TRAIN, HELD = 1, 2
-COUNTS = ("texts", "unknown", "letters", "twice")
+COUNTS = ("texts", "unknown", "letters", "twice", "begun")
 
 
 def sample_piece(task: Task, share: float) -> dict[str, Any]:
@@ -71,6 +72,7 @@ class Encoder:
     tokenizer: Tokenizer
     given: GivenTokenizer | None
     eot: int | None
+    begin: int | None
     room: bool
     vocab: int = field(init=False)
     kind: Any = field(init=False)
@@ -85,10 +87,11 @@ class Encoder:
     def of(job: DataJob, data: bytes) -> Encoder:
         if job.spec.tokenizer is None:
             tokenizer = parse_tokenizer(data, "the tokenizer that was trained")
-            return Encoder(tokenizer, None, tokenizer.token_to_id(EOT), job.room)
+            return Encoder(tokenizer, None, tokenizer.token_to_id(EOT), None, job.room)
         given = checked_tokenizer(job.spec, data)
         eot = None if given.end is None else given.tokenizer.token_to_id(given.end)
-        return Encoder(given.tokenizer, given, eot, job.room)
+        begin = None if given.begin is None else given.tokenizer.token_to_id(given.begin)
+        return Encoder(given.tokenizer, given, eot, begin, job.room)
 
 
 @functools.lru_cache(maxsize=2)
@@ -102,8 +105,9 @@ class _Block:
     where: Document
     text: str
     verdict: int
+    begins: bool
     ends: bool
-    """Whether the document ends with it."""
+    """Whether the document begins, or ends, with it."""
     counts: bool
     """Whether the prediction of its tokens does; that of the document's end does in any case."""
 
@@ -144,6 +148,9 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
             row["texts"] += len(ids)
             row["unknown"] += encoded.unknown
             row["letters"] += encoded.letters
+            if encoder.begin is not None and block.begins:
+                row["begun"] += ids[:1] == [encoder.begin]
+                ids = [encoder.begin, *ids]
             flat[block.verdict] += ids if block.counts else [token | mask for token in ids]
             if encoder.eot is not None and block.ends:
                 row["twice"] += ids[-1:] == [encoder.eot]
@@ -161,12 +168,14 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
 def _blocks(task: Task, encoder: Encoder) -> Iterator[_Block]:
     for document, verdict in _verdicts(task):
         before: tuple[str, bool] | None = None
+        begins = True
         for block in document.stretches(encoder.cut):
             if before is not None:
-                yield _Block(document, before[0], verdict, False, before[1])
+                yield _Block(document, before[0], verdict, begins, False, before[1])
+                begins = False
             before = block
         text, counts = before or ("", True)
-        yield _Block(document, text, verdict, True, counts)
+        yield _Block(document, text, verdict, begins, True, counts)
 
 
 def _parts(blocks: Iterator[_Block], letters: int) -> Iterator[Iterator[list[_Block]]]:

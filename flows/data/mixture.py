@@ -63,6 +63,7 @@ def prepare_mixture(
             "vocab": first.vocab,
             "token_bytes": first.token_bytes,
             "eot": first.eot,
+            **({} if first.begin is None else {"begin": first.begin}),
             "parts": [{"digest": part.digest, "shards": _rows(store, part)} for part in parts],
             "phases": [{"from_batch": p.from_batch, "weights": list(p.weights)} for p in spec.phases],
             "tokenizer_sha256": first.tokenizer_digest,
@@ -85,12 +86,13 @@ def _with_tokenizer(spec: DataSpec, store: Store, made: list[DatasetRef], folder
     path.write_bytes(data)
     tokenizer = parse_tokenizer(data, "the first part's tokenizer")
     end = "" if first.eot is None else tokenizer.id_to_token(first.eot)
-    return spec.model_copy(update={"tokenizer": str(path), "end_token": end})
+    begin = spec.begin_token if first.begin is None else tokenizer.id_to_token(first.begin)
+    return spec.model_copy(update={"tokenizer": str(path), "end_token": end, "begin_token": begin})
 
 
 def _tokens_of(part: DatasetRef) -> tuple[object, ...]:
     """What its tokens mean."""
-    return part.tokenizer_digest, part.vocab, part.eot
+    return part.tokenizer_digest, part.vocab, part.eot, part.begin
 
 
 def _masked(entry: MixPart, store: Store) -> bool:

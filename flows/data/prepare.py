@@ -55,7 +55,7 @@ from flows.data.shards import (
     sum_shard,
 )
 from flows.data.sources import Borne, Entry, open_source
-from flows.data.tokenizer import EOT, cut_long_words, given_tokenizer, may_end, train_tokenizer
+from flows.data.tokenizer import EOT, cut_long_words, given_tokenizer, may_end, template_begin, train_tokenizer
 from flows.data.work import WorkGone, piece_name
 from trainer.dataset import DatasetRef, token_bytes_for
 from trainer.errors import DatasetError, SpecError
@@ -213,7 +213,9 @@ class _Preparation:
         settings = self.spec.model_dump(mode="json", exclude=set(_NO_INPUT))
         settings["tokenizers"] = version("tokenizers")
         if self.spec.prompt_field is None:
-            del settings["prompt_field"]  # a key that came when corpora were known already
+            del settings["prompt_field"]  # keys that came when corpora were known already
+        if not self.spec.begin_token:
+            del settings["begin_token"]
         settings |= self._mask_settings()
         h.update(json.dumps(settings, sort_keys=True).encode())
         h.update(self.given.digest if self.given else b"train")
@@ -316,6 +318,8 @@ class _Preparation:
         # without data.end_token a tokenizer that lacks EOT ended documents with nothing: that is end_token "" now
         end = EOT if given is None or (given.end is None and given.tokenizer.token_to_id(EOT) is None) else given.end
         settings = {"vocab_size": self.spec.vocab_size, "shard_tokens": self.spec.shard_tokens, "eot": end}
+        if given is not None and given.begin is not None:
+            settings["begin"] = given.begin
         settings |= self._mask_settings()
         return {**settings, "validation": self.spec.validation} if self.spec.validation else settings
 
@@ -362,6 +366,7 @@ class _Preparation:
                 vocab=encoder.vocab,
                 token_bytes=encoder.kind.itemsize,
                 eot=encoder.eot,
+                begin=encoder.begin,
                 documents=corpus.documents[verdict],
                 inputs=corpus.inputs,
             )
@@ -392,6 +397,12 @@ class _Preparation:
                 self.say(
                     f"data: data.end_token {end!r} is an ordinary token of {self.given.what}: wherever texts hold it, "
                     "a document ends"
+                )
+            if self.spec.begin_token is None and (puts := template_begin(self.given.tokenizer)):
+                first = self.given.tokenizer.id_to_token(puts[0])
+                self.say(
+                    f"data: {self.given.what} puts {first} before a text, and documents begin without it here: "
+                    f'data.begin_token = "{first}" puts it there, "" says that none is meant'
                 )
             work.put(self.given.data, "tokenizer.json")
             return self.given.tokenizer.to_str().encode()
@@ -436,7 +447,14 @@ class _Preparation:
     def _known_enough(self, rows: Sequence[dict[str, Any]], letters: int) -> None:
         """Refuse a tokenizer that knows nothing of the text, and say where it knows little."""
         given = self.given
-        texts, count, lost, twice = (sum(row.get(key, 0) for row in rows) for key in COUNTS)
+        texts, count, lost, twice, begun = (sum(row.get(key, 0) for row in rows) for key in COUNTS)
+        if begun:
+            log.warning(
+                "%d text(s) of %s begin with data.begin_token already, and another one is put before each: leave it "
+                "out of the texts",
+                begun,
+                self.spec.source,
+            )
         if twice:
             log.warning(
                 "%d text(s) of %s end with the token that ends a document already, and another one is put behind each: "

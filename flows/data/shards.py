@@ -77,6 +77,7 @@ def load_dataset(store: Store, digest: str) -> DatasetRef:
         shards=tuple(shard.tokens for shard in manifest.shards),
         tokenizer_digest=manifest.tokenizer_sha256,
         eot=manifest.eot,
+        begin=manifest.begin,
         counted=counted_of(manifest.shards),
         mix=Mixture(manifest.parts, tuple(MixPhase(*phase) for phase in manifest.phases)) if manifest.parts else None,
     )
@@ -245,6 +246,7 @@ def manifest_bytes(
     eot: int | None,
     documents: int,
     inputs: str,
+    begin: int | None = None,
 ) -> bytes:
     """The manifest of a dataset; its SHA-256 is the digest."""
     return pack(
@@ -255,6 +257,7 @@ def manifest_bytes(
             "vocab": vocab,
             "token_bytes": token_bytes,
             "eot": eot,
+            **({} if begin is None else {"begin": begin}),
             "shards": list(rows),
             "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         }

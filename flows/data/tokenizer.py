@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -103,6 +104,8 @@ class GivenTokenizer:
     end: str | None
     """The token that ends a document; None where the spec says that there is none (``data.end_token = ""``)."""
     tree: dict[str, Any]
+    begin: str | None = None
+    """The token that begins each document; None: none does."""
 
     @property
     def model(self) -> dict[str, Any]:
@@ -243,11 +246,11 @@ def given_tokenizer(spec: DataSpec) -> GivenTokenizer | None:
 
 def checked_tokenizer(spec: DataSpec, data: bytes) -> GivenTokenizer:
     """The tokenizer that the spec names, of its bytes."""
-    return _checked(f"data.tokenizer {spec.tokenizer!r}", spec.end_token, data)
+    return _checked(f"data.tokenizer {spec.tokenizer!r}", spec.end_token, spec.begin_token, data)
 
 
 @functools.lru_cache(maxsize=2)
-def _checked(what: str, end: str | None, data: bytes) -> GivenTokenizer:
+def _checked(what: str, end: str | None, begin: str | None, data: bytes) -> GivenTokenizer:
     """Kept: a vocabulary of a quarter of a million takes a second each time."""
     tokenizer, tree = _parsed(data, what)
     vocab = tokenizer.get_vocab(with_added_tokens=True)
@@ -272,7 +275,8 @@ def _checked(what: str, end: str | None, data: bytes) -> GivenTokenizer:
             f"{what}: its largest id is {max(vocab.values())}, and embeddings have a row for each id below it; the "
             f"limit is {MAX_VOCAB_SIZE - 1}: number its tokens from 0 without wide gaps"
         )
-    return GivenTokenizer(data, tokenizer, what, _end(end, tokenizer, what), tree)
+    end = _end(end, tokenizer, what)
+    return GivenTokenizer(data, tokenizer, what, end, tree, _begin(begin, end, tokenizer, what))
 
 
 def _contents(path: str, what: str) -> bytes:
@@ -369,6 +373,31 @@ def _end(wanted: str | None, tokenizer: Tokenizer, what: str) -> str | None:
             'data.end_token = "" to join documents without anything between'
         )
     return EOT
+
+
+def _begin(wanted: str | None, end: str | None, tokenizer: Tokenizer, what: str) -> str | None:
+    if wanted and tokenizer.token_to_id(wanted) is None:
+        raise DatasetError(
+            f"data.begin_token {wanted!r} is no token of {what}; name the one that its model's texts begin with, or "
+            "leave it out"
+        )
+    if wanted and wanted == end:
+        raise DatasetError(
+            f"data.begin_token {wanted!r} ends documents of {what} already, and one stands between two of them; leave "
+            "data.begin_token out"
+        )
+    return wanted or None
+
+
+def template_begin(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that a tokenizer's own template puts before a text."""
+    known = (tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size()))
+    for text in itertools.chain("a", known):  # one that this tokenizer can encode
+        with contextlib.suppress(DatasetError), of_library("", ""):
+            bare, whole = (list(tokenizer.encode(text, add_special_tokens=special).ids) for special in (False, True))
+            if bare:
+                return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+    return []
 
 
 def may_end(tokenizer: Tokenizer, token: str) -> bool:

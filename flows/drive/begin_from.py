@@ -33,6 +33,7 @@ from flows.data.alone import tokenizer_alone
 from flows.data.prepare import telling
 from flows.data.tokenizer import given_tokenizer
 from flows.drive.fork import begin_at, check_beginning
+from flows.drive.hf_beside import keep_beside
 from flows.drive.line import parent_of
 from flows.drive.run import (
     Prepared,
@@ -165,6 +166,7 @@ def hold(
     prepared = Prepared(run, spec, dataset, what, compile_plan(spec, dataset, what))
     if weights is not None:
         create_run(prepared, store)
+        keep_beside(store, run, weights.beside)
         _save(store, prepared, weights, say)
     elif RunLog(store, run).fold(quick=True).at_step(0) is None:
         raise SpecError(

@@ -49,11 +49,12 @@ def folder_of_init(text: str) -> Path:
 @dataclass(frozen=True)
 class TheirTokenizer:
     """The tokenizer that weights were made with. ``end``: the token that ends a text, None where nobody says it and ""
-    where none does."""
+    where none does; ``begin``: the one that began each of a run's."""
 
     tokenizer: Tokenizer
     end: str | None
     path: Path | None = None
+    begin: str | None = None
 
 
 def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
@@ -81,7 +82,8 @@ def dataset_tokenizer(store: Store, digest: str) -> TheirTokenizer:
     """The tokenizer of a dataset."""
     dataset = load_dataset(store, digest)
     tokenizer = load_tokenizer(store, dataset)
-    return TheirTokenizer(tokenizer, "" if dataset.eot is None else tokenizer.id_to_token(dataset.eot))
+    end, begin = ("" if token is None else tokenizer.id_to_token(token) for token in (dataset.eot, dataset.begin))
+    return TheirTokenizer(tokenizer, end, begin=begin)
 
 
 def folder_tokenizer(folder: Path) -> TheirTokenizer | None:
@@ -108,7 +110,7 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
     """
     vocab = vocab_of(tokenizer)
     for file, number in _end_ids(folder):
-        if not _is_token(number, vocab):
+        if not is_token(number, vocab):
             log.warning(
                 "%s: eos_token_id %.100r is passed over: the tokenizer's ids are 0 to %d", file, number, vocab - 1
             )
@@ -124,14 +126,6 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
         if said is not None:
             log.warning("%s: eos_token %.100r is passed over: the tokenizer has no such token", folder / name, said)
     return None
-
-
-def further_ends(folder: Path, tokenizer: Tokenizer, end: str | None) -> list[str]:
-    """The tokens beside ``end`` at which the folder's files have a text end, such as an answer in a talk."""
-    vocab = vocab_of(tokenizer)
-    numbers = [number for _, number in _end_ids(folder) if _is_token(number, vocab)]
-    tokens = dict.fromkeys(tokenizer.id_to_token(number) for number in numbers)
-    return [token for token in tokens if token not in (None, end) and may_end(tokenizer, token)]
 
 
 def tell_lacking(folder: Path, tokenizer: Tokenizer) -> None:
@@ -167,7 +161,8 @@ def _end_ids(folder: Path) -> Iterator[tuple[Path, Any]]:
                 yield folder / name, number
 
 
-def _is_token(number: Any, vocab: int) -> bool:
+def is_token(number: Any, vocab: int) -> bool:
+    """Whether a file's value is the number of a token."""
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < vocab
 
 
@@ -186,7 +181,8 @@ def with_tokenizer(data: DataSpec, found: TheirTokenizer | None) -> Iterator[Dat
         path = found.path or Path(folder) / TOKENIZER
         if found.path is None:
             path.write_text(found.tokenizer.to_str(), encoding="utf-8")
-        yield data.model_copy(update={"tokenizer": str(path), "end_token": found.end})
+        named = {"tokenizer": str(path), "end_token": found.end, "begin_token": found.begin}
+        yield data.model_copy(update=named)
 
 
 def check_tokenizer(place: str, rows: int, theirs: Tokenizer | None, tokenizer: Tokenizer, vocab: int) -> None:

@@ -27,6 +27,7 @@ from checkpoint.manifest import PARAM
 from checkpoint.read import StateReader, load_manifest, refuse_newer
 from checkpoint.safetensors import FileTensor, NoWeights, digest_of, read_folder
 from checkpoint.store import Store
+from flows.drive.hf_beside import Beside, beside_of, read_beside
 from flows.drive.run import find_run, load_what
 from flows.drive.their_tokenizer import dataset_tokenizer, folder_of_init, folder_tokenizer, tell_lacking
 from flows.drive.views import some_steps
@@ -69,6 +70,10 @@ class Weights(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The one that they were made with, where it is known."""
+
+    @property
+    def beside(self) -> Beside:
+        """What lies beside them for exports."""
 
     def read(self, tensor: str, first: int, elements: int) -> Iterator[F32]:
         """Elements of one of our tensors from ``first`` on, in order."""
@@ -119,6 +124,10 @@ class FolderWeights:
         if found is not None:
             tell_lacking(self.folder, found.tokenizer)
         return found.tokenizer if found else None
+
+    @property
+    def beside(self) -> Beside:
+        return read_beside(self.folder)
 
     def read(self, tensor: str, first: int, elements: int) -> Iterator[F32]:
         yield from self.sources[tensor].read(first, elements)
@@ -411,6 +420,10 @@ class RunWeights:
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         return dataset_tokenizer(self.store, self.dataset).tokenizer
+
+    @property
+    def beside(self) -> Beside:
+        return beside_of(self.store, self.run)
 
     @cached_property
     def _reader(self) -> StateReader:

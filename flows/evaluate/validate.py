@@ -61,12 +61,14 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
                 "other texts; give the text itself (text:… or jsonl:…)"
             )
         return other
-    end = "" if dataset.eot is None else load_tokenizer(store, dataset).id_to_token(dataset.eot)
+    tokenizer = load_tokenizer(store, dataset)
+    end, begin = ("" if token is None else tokenizer.id_to_token(token) for token in (dataset.eot, dataset.begin))
     with tempfile.TemporaryDirectory(prefix="hotstage-validation-") as folder:
         path = Path(folder) / "tokenizer.json"
         path.write_bytes(tokenizer_json(store, dataset))
         own = {"source": source, "field": wanted.field, "prompt_field": wanted.prompt_field}
-        return prepare(DataSpec.model_validate({**own, "tokenizer": str(path), "end_token": end}), store, say=say)
+        own |= {"tokenizer": str(path), "end_token": end, "begin_token": begin}
+        return prepare(DataSpec.model_validate(own), store, say=say)
 
 
 def validate(

@@ -9,8 +9,6 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from itertools import chain
 from types import TracebackType
 from typing import Literal
 
@@ -20,18 +18,19 @@ from tokenizers import Tokenizer
 
 from checkpoint.collect.pins import pinned
 from checkpoint.export import SHARD_BYTES, ExportTensor, Read, export_safetensors
-from checkpoint.export_to import Buffer, Destination
+from checkpoint.export_to import TEMPLATE, Buffer, Destination
 from checkpoint.log import CheckpointInfo, RunLog
 from checkpoint.manifest import Manifest
 from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
 from flows.data import load_tokenizer, tokenizer_json
-from flows.data.tokenizer import of_library
+from flows.data.tokenizer import template_begin
+from flows.drive.hf_beside import beside_of, ends_of, generation_of, ids_of, tokenizer_config_of
 from flows.drive.run import read_run
 from flows.drive.views import some_steps
 from flows.show.saved import size_words
 from trainer.engine_path import ready_engine
-from trainer.errors import DatasetError, LaunchError, SpecError
+from trainer.errors import LaunchError, SpecError
 from trainer.models import family
 from trainer.models.base import HfTensor, hf_table
 from trainer.plan import compile_plan
@@ -101,33 +100,32 @@ def export_hf(store: Store, run: str, step: int | None, target: Destination, sha
     prepared = read_run(store, run)
     info, manifest = checkpoint_at(store, run, step)
     config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
-    end, tokenizer = prepared.dataset.eot, load_tokenizer(store, prepared.dataset)
-    begin = next(iter(opening(prepared.spec.model, tokenizer)), end)
+    tokenizer, beside = load_tokenizer(store, prepared.dataset), beside_of(store, run)
+    begin = next(iter(opening(prepared.spec.model, tokenizer, prepared.dataset.begin)), None)
     # without these other programs take their own defaults, and those are ordinary tokens of this vocabulary
-    ends = {"bos_token_id": begin, "eos_token_id": end}
+    ids = ids_of(beside, tokenizer, begin, ends_of(beside, tokenizer, prepared.dataset.eot))
+    kind = {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}
+    told = _tokenizer_config(tokenizer, ids["bos_token_id"], prepared.dataset.eot, prepared.spec.model.context)
+    told |= tokenizer_config_of(beside, tokenizer, begin, prepared.spec.model.context)
     texts: dict[str, str | bytes] = {
-        "config.json": _json(config | ends | {"dtype": "float32", "torch_dtype": "float32", "use_cache": True}),
-        "generation_config.json": _json(ends | {"pad_token_id": end}),
+        "config.json": _json(config | {key: ids[key] for key in ("bos_token_id", "eos_token_id")} | kind),
+        "generation_config.json": _json(generation_of(beside, ids)),
         "tokenizer.json": tokenizer_json(store, prepared.dataset),
-        "tokenizer_config.json": _json(_tokenizer_config(tokenizer, begin, end, prepared.spec.model.context)),
+        "tokenizer_config.json": _json(told),
     }
+    if TEMPLATE in beside:
+        texts[TEMPLATE] = beside[TEMPLATE]
     tensors = export_tensors(prepared.spec, manifest)
     with pinned(store, run, info, "export"):
         return export_safetensors(store, manifest, tensors, target, texts=texts, shard_bytes=shard_bytes)
 
 
-def opening(model: ModelSpec, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that a text begins with: where weights came with their tokenizer, those that its template puts there.
-    What is trained here from nothing has never seen any."""
-    if model.init is None:
-        return []
-    known = (tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size()))
-    for text in chain("a", known):  # one that this tokenizer can encode
-        with suppress(DatasetError), of_library("", ""):
-            bare, whole = (list(tokenizer.encode(text, add_special_tokens=special).ids) for special in (False, True))
-            if bare:
-                return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
-    return []
+def opening(model: ModelSpec, tokenizer: Tokenizer, begin: int | None = None) -> list[int]:
+    """The tokens that a text begins with: the one that began each document (``begin``); else, where weights came with
+    their tokenizer, those that its template puts there. What is trained here from nothing has never seen any."""
+    if begin is not None:
+        return [begin]
+    return [] if model.init is None else template_begin(tokenizer)
 
 
 def _tokenizer_config(tokenizer: Tokenizer, begin: int | None, end: int | None, context: int) -> dict[str, object]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from checkpoint.store import Store
 from flows.data import load_tokenizer, unseen
 from flows.data.tokenizer import of_library
+from flows.drive.hf_beside import beside_of, ends_of
 from flows.show.export import Inference, Masters, opening
 from trainer.errors import SpecError
 
@@ -48,9 +49,9 @@ class Text:
         dataset = self.masters.prepared.dataset
         self.context = self.masters.prepared.spec.train.sequence
         self.tokenizer = load_tokenizer(store, dataset)
-        self.eot, self.vocab = dataset.eot, dataset.vocab
+        self.ends, self.vocab = ends_of(beside_of(store, run), self.tokenizer, dataset.eot), dataset.vocab
         self.ids: list[int] = []
-        self._opening = opening(self.masters.prepared.spec.model, self.tokenizer)
+        self._opening = opening(self.masters.prepared.spec.model, self.tokenizer, dataset.begin)
         self._temperature, self._top_k, self._rng = temperature, top_k, np.random.default_rng(seed)
         self._engine: Inference | None = None
         self._shown = self._from = 0
@@ -105,7 +106,7 @@ class Text:
     def grow(self) -> int:
         """Add the model's next token, and give it."""
         if not self.ids:
-            self.ids += self._opening or [self.eot or 0]
+            self.ids += self._opening or self.ends[:1] or [0]
             self._shown = self._from = len(self.ids)
         window = self.ids[-self.context :]
         engine = self._engine_for(len(window))
@@ -119,7 +120,7 @@ class Text:
         """What the model adds, in pieces as they are sure, an empty one where a token gives no whole character yet; up
         to so many tokens, or the end of a text."""
         for _ in range(tokens):
-            if self.grow() == self.eot:
+            if self.grow() in self.ends:
                 return
             yield self._grown()
 

@@ -104,6 +104,9 @@ def test_documents_apart_need_a_token_that_ends_them() -> None:
     assert open_.resolve(ended).resolve(ended).data.packing == "within"
     words = refusal(tree(data__packing="within", data__end_token="", data__tokenizer="t.json"))
     assert 'data.packing "within" finds documents by the token' in words
+    words = refusal(tree(data__begin_token="<s>", data__end_token="<s>", data__tokenizer="t.json"))
+    assert "begin_token and end_token are both '<s>': one stands between" in words
+    assert "begin_token '<s>' is for a tokenizer that is given" in refusal(tree(data__begin_token="<s>"))
     assert "'inside' is unknown; take one of 'across' or 'within'" in refusal(tree(data__packing="inside"))
     assert "window 9: family gpt2 reads all that came before" in refusal(tree(model__window=9))
     assert "model.window -1 must be at least 0" in refusal(tree(model__family="mistral", model__window=-1))

@@ -173,13 +173,13 @@ def test_pieces_are_whole_characters(trained: Trained, store: Store, monkeypatch
     wanted = " über 字 \U0001f600, und \u0301 ende"
     with Text(store, trained.run) as text:
         picks = iter(text.tokenizer.encode(wanted, add_special_tokens=False).ids)
-        monkeypatch.setattr("flows.show.talk.pick", lambda *_: next(picks, text.eot))
+        monkeypatch.setattr("flows.show.talk.pick", lambda *_: next(picks, text.ends[0]))
         text.say(PROMPT)
         pieces = list(text.answer(1000))
         assert "".join(pieces) == wanted
         assert not any("\ufffd" in piece for piece in pieces)
         assert len(pieces) > 20
-        assert text.ids[-1] == text.eot
+        assert text.ids[-1] == text.ends[0]
 
 
 def test_what_the_model_does_not_see_of_a_prompt_is_told(

@@ -104,6 +104,30 @@ def test_texts_that_end_with_the_end_token_already_are_told(
     assert "1 text(s) of text:*.txt end with the token that ends a document already" in caplog.text
 
 
+def test_a_token_begins_each_document(here: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """Without one a dataset is as ever; where the tokenizer's template puts one before a text, that is said."""
+    tokenizer, said = words("a", "b", "[UNK]", EOT, "<s>"), list[str]()
+    bare = given(tokenizer, store)
+    assert bare.digest.startswith("da7bf28c"), "as before there was this key"
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 4)])
+    tokenizer.save("t.json")
+    for token, told in ((None, True), ("", False), ("<s>", False)):
+        spec = DataSpec(source="text:*.txt", tokenizer="t.json", begin_token=token)
+        said.clear()
+        dataset = prepare(spec, store, say=said.append)
+        assert any("puts <s> before a text, and documents begin without it here" in line for line in said) == told
+        assert tokens(store, dataset) == ([4, 0, 1, 3, 4, 1, 0, 1, 3] if token else [0, 1, 3, 1, 0, 1, 3])
+        assert dataset.begin == (4 if token else None)
+        assert "begin with data.begin_token already" not in caplog.text
+    (here / "3.txt").write_text("<s> a")
+    prepare(spec, store)
+    assert "1 text(s) of text:*.txt begin with data.begin_token already" in caplog.text
+    for token, why in (("<x>", "'<x>' is no token of"), (EOT, "ends documents of .* already")):
+        with pytest.raises(DatasetError, match=rf"data.begin_token .*{why}"):
+            given(tokenizer, store, begin_token=token)
+
+
 def test_an_end_that_is_no_token(here: Path, store: Store) -> None:
     with pytest.raises(DatasetError, match=r"data.end_token '<end>' is no token of .*it has </s>: name"):
         given(words("a", "b", "[UNK]", "</s>"), store, end_token="<end>")

@@ -1,0 +1,142 @@
+"""What lies beside a model's weights goes with them: into the store, to whoever trains on, and out again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from checkpoint import keys
+from checkpoint.errors import StoreRefused
+from checkpoint.export_to import Folder
+from checkpoint.log import RunLog
+from checkpoint.store import Store
+from flows.drive.begin import prepare_run
+from flows.drive.hf_beside import beside_of, read_beside
+from flows.drive.line import parent_of
+from flows.show.export import export_hf
+from flows.show.talk import generate
+from tests.support.calls import called
+from tests.support.imported import IMPORT, Imported, imported
+from trainer.dataset import HEADER_BYTES, DatasetRef, counts_of, without_mask
+from trainer.spec import load_spec
+
+__all__ = ["imported"]  # the fixture
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
+ADDED = ("<|begin|>", "<|eot|>", "<|pad|>")
+
+
+def chat_folder(folder: Path) -> dict[str, Any]:
+    """A chat model's: texts begin with one token, end with another, and answers with a third."""
+    shutil.copytree(IMPORT / "gpt2-untied-f32", folder)
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    words = {tree["model"]["vocab"][sign]: (sign, name) for sign, name in zip("!#$", ADDED, strict=True)}
+    for number, (sign, name) in words.items():
+        del tree["model"]["vocab"][sign]
+        tree["model"]["vocab"][name] = number
+        tree["added_tokens"].append({**tree["added_tokens"][0], "content": name, "id": number})
+    begin_id, eot, pad = words
+    token, text = {"SpecialToken": {"id": ADDED[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tree["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, text],
+        "pair": [token, text, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {ADDED[0]: {"id": ADDED[0], "ids": [begin_id], "tokens": [ADDED[0]]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": begin_id, "eos_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config))
+    generation = {"do_sample": True, "temperature": 0.6, "bos_token_id": begin_id, "eos_token_id": [0, eot, 2]}
+    (folder / "generation_config.json").write_text(json.dumps(generation | {"pad_token_id": pad}))
+    told = {
+        "add_bos_token": True,
+        "bos_token": {"__type": "AddedToken", "content": ADDED[0], "special": True},
+        "eos_token": ADDED[1],
+        "pad_token": ADDED[2],
+        "unk_token": "<none>",
+        "additional_special_tokens": [ADDED[1], "<none>"],
+        "tokenizer_class": "TokenizersBackend",
+        "tokenizer_file": "/somewhere/tokenizer.json",
+        "model_max_length": 10**30,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return {"begin": begin_id, "eot": eot, "pad": pad, "context": config["n_positions"]}
+
+
+def test_a_chat_model_goes_out_with_all_that_came_in_beside_it(
+    imported: Imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, folder, out = imported("gpt2-untied-f32"), tmp_path / "model", tmp_path / "out"
+    ids = chat_folder(folder)
+    data = tmp_path / "a.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{n} times?", "text": "the fox" * n}) + "\n" for n in range(1, 40)))
+    words = ["import", str(folder), "--store", case.url, "-o", str(tmp_path / "x.toml"), "--data", f"jsonl:{data}"]
+    code, said = called(words)
+    assert code == 0, said
+    assert "a text ends with <|end|>\n           answers end with <|eot|> too" in said
+    spec = load_spec(tmp_path / "x.toml", ["data.prompt_field=prompt", "train.sequence=16"])
+    child = prepare_run(spec, case.store)
+    shutil.rmtree(folder)
+    (held,) = {str(parent_of(RunLog(case.store, child.run).fold())["run"])}  # type: ignore[index]
+    assert beside_of(case.store, child.run) == beside_of(case.store, held) != {}, "whoever trains on has them"
+
+    stored = without_mask(_tokens(case.store, child.dataset))
+    assert stored[0] == ids["begin"]
+    assert (stored[1:][stored[:-1] == child.dataset.eot] == ids["begin"]).all(), "each document begins with it"
+    assert np.count_nonzero(stored == ids["begin"]) == 39
+    assert not counts_of(_tokens(case.store, child.dataset))[stored == ids["begin"]].any(), "it is of the prompt"
+
+    export_hf(case.store, held, 0, Folder(out))
+    assert (out / "chat_template.jinja").read_text() == TEMPLATE
+    ends = {"bos_token_id": ids["begin"], "eos_token_id": [0, ids["eot"]]}
+    assert ends.items() <= _tree(out / "config.json").items()
+    assert _tree(out / "generation_config.json") == {
+        "do_sample": True, "temperature": 0.6, "pad_token_id": ids["pad"], **ends
+    }  # fmt: skip
+    assert _tree(out / "tokenizer_config.json") == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": ids["context"],
+        "add_bos_token": True,
+        "bos_token": {"__type": "AddedToken", "content": ADDED[0], "special": True},
+        "eos_token": ADDED[1],
+        "pad_token": ADDED[2],
+        "additional_special_tokens": [ADDED[1]],
+    }
+    picks = iter([5, ids["eot"], 7])
+    monkeypatch.setattr("flows.show.talk.pick", lambda *_: next(picks))
+    generate(case.store, held, "the fox", tokens=3)
+    assert next(picks) == 7, "an answer ends at each of them"
+    with pytest.raises(StoreRefused, match=r"holds a chat_template.jinja, with which others would talk"):
+        export_hf(case.store, case.run, 0, Folder(out))
+
+
+def test_what_cannot_be_read_beside_a_model_is_told_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat_folder(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text("{")
+    (tmp_path / "m" / "chat_template.jinja").write_bytes(b"\xe9")
+    assert set(read_beside(tmp_path / "m")) == {"config.json", "generation_config.json"}
+    told = [record.getMessage() for record in caplog.records]
+    for name, one in zip(("tokenizer_config.json", "chat_template.jinja"), told, strict=True):
+        assert re.search(rf"{name}.*; exports of the model will not have what it says", one)
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def _tokens(store: Store, dataset: DatasetRef) -> npt.NDArray[Any]:
+    data = store.get(keys.dataset_key(dataset.digest, keys.shard_name(0)))
+    return np.frombuffer(data, f"<u{dataset.token_bytes}", offset=HEADER_BYTES)
