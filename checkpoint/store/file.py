@@ -52,7 +52,7 @@ FEW = 16  # inodes that are left, for what this store has just removed again; or
 _TMP_AGE_S = 24 * 3600.0  # a temporary file this old belongs to nobody alive
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_RIGHTS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_RIGHTS = {errno.EACCES, errno.EPERM}
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 _SHAPE = {
     errno.ENOTDIR,
@@ -94,11 +94,13 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
             f"{what}: the file store {root} lies on a network file system whose server has forgotten the folder "
             f"({text}); mount it again and it goes on"
         )
-    if code in _RIGHTS:
+    if code == errno.EROFS:
         return StoreRefused(
-            f"{what}: the file store {root} refuses it ({text}); give the user {os.geteuid()} rights to write there, "
-            "mount it writable, or choose another folder with --store"
+            f"{what}: the file store {root} refuses it ({text}): mount it writable, or choose another folder with "
+            "--store"
         )
+    if code in _RIGHTS:
+        return StoreRefused(f"{what}: the file store {root} refuses it ({text}){_whose(error, root)}")
     if code in _SHAPE:
         return StoreRefused(
             f"{what}: {root} cannot hold it ({text}); the store must be a folder on a file system with hard links and "
@@ -124,6 +126,20 @@ def _has_no_inodes(root: Path) -> bool:
             room = os.statvfs(folder)
             return room.f_files > 0 and room.f_favail < FEW <= room.f_bavail
     return False
+
+
+def _whose(error: OSError, root: Path) -> str:
+    """What kept this user out, as far as that can be seen, and the mend: a store may have several users."""
+    asked = Path(os.fsdecode(error.filename2)).parent if error.filename2 else Path(os.fsdecode(error.filename or root))
+    for path in (asked, *asked.parents):
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            return (
+                f": {path} is user {found.st_uid}'s and group {found.st_gid}'s, with mode {found.st_mode & 0o7777:o}, "
+                f"and this is user {os.geteuid()} of group {os.getegid()}; give it the rights there (users who share a "
+                "store have a group and umask 002: docs/stores.md), or choose another folder with --store"
+            )
+    return f"; give the user {os.geteuid()} rights there, or choose another folder with --store"
 
 
 def _largest(text: str) -> str:

@@ -130,17 +130,25 @@ def test_no_rights_is_refused_with_the_mend(tmp_path: Path, tmp_path_factory: py
     for each in [tmp_path, *(parent for parent in tmp_path.parents if parent.is_relative_to(base))]:
         each.chmod(each.stat().st_mode | 0o055)
 
+    user, closed = os.geteuid(), "runs/r/log/2"
+    store.create(closed, b"of a user with umask 777")
+    (folder / closed).chmod(0)
+
     def work() -> None:
         if os.geteuid() == 0:
             os.setuid(65534)
         else:
             for each in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
                 each.chmod(0o555)
-        with pytest.raises(StoreRefused, match="rights to write there"):
+        with pytest.raises(
+            StoreRefused, match=rf"\.tmp is user {user}'s and .* mode [57]55, .*give it the rights there"
+        ):
             store.create("runs/r/a", b"x")
-        with pytest.raises(StoreRefused, match="rights to write there"):
+        with pytest.raises(StoreRefused, match=r"users who share a store have a group and umask 002"):
             store.put("runs/r/live/x", b"x")
         assert store.get(KEY) == b"first"
+        with pytest.raises(StoreRefused, match=rf"{closed} is user {user}'s and .*, with mode 0, and this is user"):
+            store.get(closed)
 
     in_child(work)
     for each in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
