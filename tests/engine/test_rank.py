@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ class Gang:
             data = bytes(head) + rest
         (self.folder / "attempt").write_bytes(data)
 
-    def start(self, rank: int = 0, *more: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, rank: int = 0, *more: str, env: dict[str, str] | None = None, fds: Sequence[int] = ()
+    ) -> subprocess.Popen[str]:
         command = [str(self.engine), "rank", "--plan", str(self.folder / "plan"), "--rank", str(rank), "--agent", "-"]
         command += ["--attempt", str(self.folder / "attempt"), *more]
         if self.sockets:
@@ -70,16 +73,16 @@ class Gang:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | (env or {}),
-            pass_fds=[self.sockets[rank].fileno()] if self.sockets else [],
+            pass_fds=[*fds, *([self.sockets[rank].fileno()] if self.sockets else [])],
         )
         self.processes.append(process)
         return process
 
     def run(
-        self, rank: int = 0, *more: str, env: dict[str, str] | None = None
+        self, rank: int = 0, *more: str, env: dict[str, str] | None = None, fds: Sequence[int] = ()
     ) -> tuple[int, list[dict[str, Any]], str]:
         """One rank to its end: code, the lines of its standard output, its standard error."""
-        process = self.start(rank, *more, env=env)
+        process = self.start(rank, *more, env=env, fds=fds)
         out, err = process.communicate(timeout=60)
         return process.returncode, [json.loads(line) for line in out.splitlines()], err
 
@@ -269,6 +272,20 @@ def test_every_failed_allocation_is_a_refusal(gang: Gang, tmp_path: Path) -> Non
     else:
         pytest.fail("a rank makes more than 200 allocations")
     assert number > 10
+
+
+def test_memory_beyond_the_limit_on_files_is_refused(gang: Gang, tmp_path: Path) -> None:
+    """The supervisor's memfd is a file: the signal that a limit sends by itself ended a rank without a word."""
+    gang.prepare(small_plan(tmp_path), ports=[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with os.fdopen(os.memfd_create("arena"), "wb") as arena:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            code, _, err = gang.run(0, "--arena-fd", str(arena.fileno()), fds=[arena.fileno()])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 78, err
+    assert "bytes long: File too large; raise the limit on files (ulimit -f unlimited)" in last_words(err)["why"]
 
 
 def test_a_port_in_use_is_refused(gang: Gang, tmp_path: Path) -> None:

@@ -180,6 +180,7 @@ static hs_status command_order(int argc, char **argv, hs_why *why) {
 
 int main(int argc, char **argv) {
     (void)signal(SIGPIPE, SIG_IGN);
+    (void)signal(SIGXFSZ, SIG_IGN); /* a limit on files is an error with a word, also for a memfd */
     (void)signal(SIGABRT, hs_abort_words_leave);
     const char *command = argc > 1 ? argv[1] : "";
     char **rest = argv + 2;

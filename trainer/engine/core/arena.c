@@ -73,8 +73,10 @@ static hs_status size_file(int fd, size_t bytes, bool *left, hs_why *why) {
         return hs_fail(why, HS_E_IO, "the supervisor's arena cannot be read: %s", strerror(errno));
     *left = (size_t)found.st_size == bytes;
     if (!*left && (ftruncate(fd, 0) != 0 || ftruncate(fd, (off_t)bytes) != 0))
-        return hs_fail(why, HS_E_MEMORY, "the supervisor's arena cannot be made %zu bytes long: %s",
-                       bytes, strerror(errno));
+        return hs_fail(why, HS_E_MEMORY,
+                       "the supervisor's arena cannot be made %zu bytes long: %s%s", bytes,
+                       strerror(errno),
+                       errno == EFBIG ? "; raise the limit on files (ulimit -f unlimited)" : "");
     return HS_OK;
 }
 
