@@ -49,7 +49,7 @@ def import_(
     from flows.show.facts import state_bytes
     from flows.show.saved import size_words
     from trainer.errors import SpecError
-    from trainer.planner.describe import count_text
+    from trainer.plan.amounts import count_text
     from trainer.spec import parse_spec
 
     path = Path(folder)

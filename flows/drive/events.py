@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+WARNS = "WARNING: "
+"""How a line for people begins that they should act on."""
+
 
 @dataclass(frozen=True)
 class Event:

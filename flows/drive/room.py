@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from flows.drive.run import Prepared
 from trainer.cores import free_bytes, swap_bytes
-from trainer.plan.draw import bytes_text
+from trainer.plan.amounts import bytes_text
 from trainer.plan.memory import host_kinds
 
 

@@ -22,25 +22,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid5
 
 from checkpoint.errors import CheckpointError
-from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.driving import Ears
-from flows.drive.events import Event, Outcome
+from flows.drive.events import WARNS, Event, Outcome
 from flows.drive.hours import recoveries
 from flows.drive.line import ordered_back
 from flows.drive.live import load_curve, on_line
 from flows.drive.scores import line_evaluations, score_markdown
 from flows.drive.train import cancel
-from flows.page.curve import loss_image, loss_markdown, thinned
+from flows.page.artifacts import attempts_table, files_markdown
+from flows.page.curve import loss_image, loss_markdown, loss_words, thinned
+from flows.page.ends import END_STATES, attempt_end, end_message
 from flows.page.left_open import close_gone, marked_gone, own_mark
 from flows.prefect_api import BUSY_PAUSE_S, OPEN_STATES, Busy, Client, Gone, Lost, NoPrefect, Refused, artifact_key
-from trainer.failures import FAILURES, Failure
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +54,6 @@ BUSY_TRIES = 20
 RETRY_MOST_S = 15.0
 LEASE_EVERY_S = 60.0
 LOOK_EVERY_S = 3.0
-CHECKPOINTS_SHOWN = 20
-
-END_STATES = {
-    "succeeded": ("COMPLETED", "Completed"),
-    "gave_up": ("FAILED", "Failed"),
-    "cancelled": ("CANCELLED", "Cancelled"),
-    "stopped": ("CANCELLED", "Cancelled"),
-    "superseded": ("CANCELLED", "Cancelled"),
-    "parked": ("CANCELLED", "Cancelled"),
-    "preempted": ("CANCELLED", "Cancelled"),  # as the log calls a run that is parked
-}
 
 
 @dataclass
@@ -156,9 +144,10 @@ class Page:
     def tell(self, event: Event) -> None:
         self._put("event", event)
 
-    def line(self, text: str, level: int = logging.INFO) -> None:
-        """A line of the driver, for the flow run's log."""
-        self._put("line", (time.time(), level, text))
+    def line(self, text: str) -> None:
+        """A line of the driver, for the flow run's log, which has a level of its own for what begins with ``WARNS``."""
+        said = text.removeprefix(WARNS)
+        self._put("line", (time.time(), logging.INFO if said == text else logging.WARNING, said))
 
     def run_is(self, run: str, steps: int) -> None:
         """From here on the run has a name and a log."""
@@ -422,23 +411,11 @@ class Page:
                 row = self._tasks[key] = TaskRow(key, f"attempt {number}", attempt.time)
                 origin = "memory" if attempt.slots else "a checkpoint" if attempt.checkpoint else "the start"
                 row.states.append(("RUNNING", "Running", f"from step {attempt.step}, from {origin}", attempt.time))
-            after = state.attempts[number] if number < len(state.attempts) else None
-            if row.ended:
-                continue
-            if after is not None:
-                cause = after.body.get("cause") or {}
-                text = str(cause.get("text") or after.reason)
-                cls = Failure.read(cause.get("class"))
-                crashed = cls is None or FAILURES[cls].from_outside
-                row.states.append(
-                    ("CRASHED", "Crashed", text, after.time) if crashed else ("FAILED", "Failed", text, after.time)
-                )
-                row.name = f"attempt {number}: {text[:60]}"
-            elif state.ended is not None:
-                kind, word = END_STATES[state.ended.outcome]
-                row.states.append((kind, word, state.ended.reason, state.ended.time))
-                if kind == "FAILED":
-                    row.name = f"attempt {number}: {state.ended.reason[:60]}"
+            end = None if row.ended else attempt_end(state, number)
+            if end is not None:
+                row.states.append(end)
+                if end[0] in ("CRASHED", "FAILED"):
+                    row.name = f"attempt {number}: {end[2][:60]}"
         newest = state.at_step()
         self._durable = max(self._durable, newest.step if newest else -1)
 
@@ -496,61 +473,19 @@ class Page:
         steps = sorted(self._curve)
         text = "no steps yet"
         if steps:
-            text = f"loss {self._curve[steps[0]]:.4f} → {self._curve[steps[-1]]:.4f} at step {steps[-1]}"
+            text = loss_words(self._curve)
         self._artifact(f"{self._run}-loss", "markdown", loss_markdown(self._run, self._curve), text)
         if len(steps) > 1:
             self._artifact(f"{self._run}-curve", "image", loss_image(self._curve), text)
-        rows = self._rows()
-        if rows:
-            self._artifact(f"{self._run}-attempts", "table", json.dumps(rows), f"{len(rows)} attempt(s)")
+        if self._state and self._state.attempts:
+            rows = attempts_table(self._state, self._spans, self._back)
+            text = "1 attempt" if len(rows) == 1 else f"{len(rows)} attempts"
+            self._artifact(f"{self._run}-attempts", "table", json.dumps(rows), text)
         scores = score_markdown(line_evaluations(self.store, self._state)) if self._state else ""
         if scores:
             self._artifact(f"{self._run}-evaluations", "markdown", scores, "what evaluations of its checkpoints gave")
-        self._artifact(f"{self._run}-files", "markdown", self._files(), "where report and checkpoints are")
-
-    def _rows(self) -> list[dict[str, Any]]:
-        """The attempts as a table: where each began, why, what was done twice, how long until steps came again."""
-        rows: list[dict[str, Any]] = []
-        reached = 0
-        for number, attempt in enumerate(self._state.attempts if self._state else (), 1):
-            span = self._spans.get(attempt.n)
-            cause = attempt.body.get("cause") or {}
-            back = self._back.get(attempt.n)
-            rows.append(
-                {
-                    "attempt": number,
-                    "began": datetime.fromtimestamp(attempt.time, UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-                    "from step": max(attempt.step, 0),
-                    "steps": f"{span[0]}–{span[1]}" if span else "",
-                    "because": str(cause.get("text") or ("start" if number == 1 else attempt.reason)),
-                    "done twice": max(0, reached - max(attempt.step, 0)) if number > 1 and reached else 0,
-                    "back after": f"{back:.2f} s" if back is not None else "",
-                }
-            )
-            reached = max(reached, span[1] if span else 0)
-        return rows
-
-    def _files(self) -> str:
-        where = self.store.describe()
-        lines = [
-            f"# {self._run}",
-            "",
-            f"- store: `{self.store.url}`",
-            f"- report: `{self.report}`" if self.report else f"- report: `hotstage report {self._run} -o report.html`",
-            f"- what its ranks said: `hotstage logs {self._run}`",
-            f"- weights for transformers: `hotstage ckpt export {self._run} -o model/`",
-            "",
-            f"Checkpoints in {where}, newest first:",
-            "",
-            "| step | manifest | state digest |",
-            "|---|---|---|",
-        ]
-        checkpoints = self._state.checkpoints if self._state else ()
-        for c in sorted(checkpoints, key=lambda c: -c.step)[:CHECKPOINTS_SHOWN]:
-            lines.append(f"| {c.step} | `{run_key(self._run, c.manifest)}` | `{c.state_digest}` |")
-        if len(checkpoints) > CHECKPOINTS_SHOWN:
-            lines.append(f"\n{len(checkpoints) - CHECKPOINTS_SHOWN} more: `hotstage ckpt ls {self._run}`")
-        return "\n".join(lines) + "\n"
+        files = files_markdown(self._run, self.store, self.report, self._state)
+        self._artifact(f"{self._run}-files", "markdown", files, "where report and checkpoints are")
 
     def _artifact(self, key: str, kind: str, data: Any, text: str) -> None:
         """Made once, then changed in place; nothing is sent where nothing changed."""
@@ -586,18 +521,3 @@ class Page:
 def task_id(flow_run: str, key: str) -> UUID:
     """Of a task run: the same one, whichever process tells it."""
     return uuid5(UUID(flow_run), key)
-
-
-def end_message(outcome: Outcome) -> str:
-    """How a run ended, in a line."""
-    if outcome.outcome == "succeeded":
-        return f"run {outcome.run} succeeded: step {outcome.step}, state digest {outcome.state_digest}"
-    if outcome.outcome == "gave_up":
-        return f"run {outcome.run} gave up: {outcome.reason}{_no_retry(outcome)}"
-    said = f"run {outcome.run} was {outcome.outcome} at step {outcome.step}: {outcome.reason}"
-    return said + (_no_retry(outcome) if outcome.outcome == "cancelled" else "")
-
-
-def _no_retry(outcome: Outcome) -> str:
-    """The page has a button that does nothing for a run that has ended."""
-    return f"; Retry trains nothing here: `hotstage runs resume {outcome.run}` goes on with it"

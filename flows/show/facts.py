@@ -23,8 +23,9 @@ from flows.drive.run import find_run, load_what, opened_again, read_run, ruling_
 from flows.drive.scores import line_evaluations, score_table
 from flows.drive.telling import PARKED
 from flows.drive.train import store_at
+from flows.show.loss_chart import AttemptFact
 from flows.show.mixture import read_so_far
-from flows.show.report import AttemptFact, ReportFacts
+from flows.show.report import ReportFacts
 from trainer.errors import PlanError, TrainerError
 from trainer.models import family
 from trainer.models.base import tensor_table

@@ -15,8 +15,9 @@ from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.plan import Plan, compile_plan
+from trainer.plan.amounts import count_text, seconds_text
 from trainer.plan.devices import DeviceSheet, assumptions, cost_of, fits, on_device, on_host, smaller_chunks
-from trainer.plan.draw import memory_text, seconds_text
+from trainer.plan.draw import memory_text
 from trainer.plan.memory import more_threads_bytes
 from trainer.plan.simulate import CostModel, Simulation, from_plan
 from trainer.plan.simulate import simulate as play
@@ -99,7 +100,7 @@ def headline(plan: Plan, spec: RunSpec) -> str:
     work = f"{microbatches} microbatch{'es' * (microbatches > 1)} of {size}"
     each = f" ({microbatches // replicas} a replica)" * (replicas > 1)
     return (
-        f"plan {plan.digest[:12]}: {plan.parameters / 1e6:.2f} M parameters, {layout}, {work}{each}, "
+        f"plan {plan.digest[:12]}: {count_text(plan.parameters)} parameters, {layout}, {work}{each}, "
         f"{spec.parallel.schedule}, {spec.train.precision}{shared}"
     )
 

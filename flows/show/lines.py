@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.drive.events import Event
+from flows.drive.events import WARNS, Event
+from trainer.plan.amounts import clock
 from trainer.plan.devices import peak_of
 
 
@@ -57,9 +58,7 @@ class Meter:
 
     @property
     def eta(self) -> str:
-        seconds = int((self.steps - self.step) * self._step_s)
-        hours, minutes = seconds // 3600, seconds // 60 % 60
-        return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+        return clock((self.steps - self.step) * self._step_s)
 
 
 @dataclass
@@ -110,15 +109,15 @@ class Lines:
                 self.say(f"node {facts['node']}: {facts['text']}")
             case "damaged":
                 record, why = facts["checkpoint"], facts["why"]
-                self.say(f"WARNING: checkpoint record {record} is damaged ({why}); an older one is used")
+                self.say(f"{WARNS}checkpoint record {record} is damaged ({why}); an older one is used")
             case "replay" if facts["found"] != "same":
-                warn = "WARNING: a step computed again differs\n" if facts["found"] == "differs" else ""
+                warn = f"{WARNS}a step computed again differs\n" if facts["found"] == "differs" else ""
                 self.say(f"{warn}{facts['text']}")
             case "health":
-                self.say(("" if facts["over"] else "WARNING: ") + facts["text"])
+                self.say(("" if facts["over"] else WARNS) + facts["text"])
             case "evaluated":
                 if facts["text"]:
-                    self.say(("WARNING: " if facts.get("failed") else "") + facts["text"])
+                    self.say((WARNS if facts.get("failed") else "") + facts["text"])
             case "ended":
                 digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
                 gave_up = facts["outcome"] == "gave_up"  # why: the command says it last, with the mend

@@ -23,6 +23,7 @@ from flows.drive.run import load_what
 from flows.drive.scores import line_evaluations
 from flows.show.facts import state_word
 from trainer.errors import TrainerError
+from trainer.plan.amounts import clock
 
 QUIET_S = 30.0
 """After that long without a step a run that is open is told as such."""
@@ -153,10 +154,10 @@ def row_line(row: RunRow) -> str:
     parts = [f"{row.run}  {row.state}  step {row.step}/{row.steps}"]
     parts += [f"loss {row.loss:.4f}"] if row.loss is not None else []
     parts += [f"{row.rate:,.0f} tok/s"] if row.rate and row.state == "training" else []
-    parts += [f"ETA {_clock(row.left_s)}"] if row.left_s is not None else []
+    parts += [f"ETA {clock(row.left_s)}"] if row.left_s is not None else []
     parts += [f"saved {row.saved}" if row.saved >= 0 else "nothing saved"]
     parts += [f"attempt {row.attempts}"]
-    parts += [f"no step for {_clock(row.quiet_s)}"] if row.state == "quiet" and row.quiet_s is not None else []
+    parts += [f"no step for {clock(row.quiet_s)}"] if row.state == "quiet" and row.quiet_s is not None else []
     parts += [f"{_name(name)} {value:.6g}" for name, value in row.scores]
     return "  ".join(parts)
 
@@ -173,11 +174,11 @@ def rows_table(rows: Iterable[RunRow], width: int = 120) -> Table:
         table.add_column("evaluated", no_wrap=True, overflow="ellipsis")
     for row in rows:
         percent = f" {row.step / row.steps:.0%}" if row.steps else ""
-        state = f"quiet {_clock(row.quiet_s)}" if row.state == "quiet" and row.quiet_s is not None else row.state
+        state = f"quiet {clock(row.quiet_s)}" if row.state == "quiet" and row.quiet_s is not None else row.state
         cells = [row.run, state, f"{row.step}/{row.steps}{percent}", "–" if row.loss is None else f"{row.loss:.4f}"]
         cells.append(f"{row.rate:,.0f}" if row.rate and row.state == "training" else "–")
         if wide:
-            cells += ["–" if row.left_s is None else _clock(row.left_s), str(row.saved) if row.saved >= 0 else "–"]
+            cells += ["–" if row.left_s is None else clock(row.left_s), str(row.saved) if row.saved >= 0 else "–"]
             cells.append(str(row.attempts))
             cells.append("  ".join(f"{_name(name)} {value:.4g}" for name, value in row.scores[:3]))
         table.add_row(*cells)
@@ -186,9 +187,3 @@ def rows_table(rows: Iterable[RunRow], width: int = 120) -> Table:
 
 def _name(name: str) -> str:
     return "validation" if name == "validation/loss" else name.removeprefix("eval/")
-
-
-def _clock(seconds: float | None) -> str:
-    whole = int(seconds or 0)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"

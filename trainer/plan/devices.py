@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 
 from trainer import wire
 from trainer.errors import PlanError
+from trainer.plan.amounts import bytes_text
 from trainer.plan.compiled import Plan
-from trainer.plan.draw import bytes_text, memory_text
+from trainer.plan.draw import memory_text
 from trainer.plan.flops import Dims, work
 from trainer.plan.memory import RUNTIME_BYTES, staging_bytes, workspace_bytes
 from trainer.plan.records import BoundCall, PositionPlan

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from trainer.plan.amounts import bytes_text, seconds_text
 from trainer.plan.timeline import COMPUTE_KINDS, KINDS, Span, Timeline
 
 _FILL = {"F": "-", "I": "=", "W": "~", "B": "=", "O": "#", "other": ":"}
@@ -21,20 +22,6 @@ _LEGEND = {
 }
 _DRAWN = 64
 """Ranks that are drawn as text, at most."""
-
-
-def seconds_text(value: float) -> str:
-    """A time in the unit that reads best.
-
-    >>> [seconds_text(x) for x in (0.0000125, 0.0042, 0.9999, 1.5, 1_234.0, 90_000.0, float("inf"))]
-    ['12.5 us', '4.2 ms', '0.9999 s', '1.5 s', '1234 s', '25 h', 'never']
-    """
-    if value == float("inf"):
-        return "never"
-    for unit, factor in (("us", 1e6), ("ms", 1e3)):
-        if value * factor < 999.5:
-            return f"{value * factor:.3g} {unit}"
-    return f"{value:.4g} s" if value < 3600 else f"{value / 3600:,.4g} h"
 
 
 def _cells(events: Sequence[Span], seconds: float, columns: int) -> str:
@@ -186,25 +173,10 @@ def _svg_axis(longest: float, left: int, y: int, span: int) -> str:
     for tick in range(5):
         x = left + span * tick / 4
         marks.append(f'<line class="rule" x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 4}"/>')
-        marks.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="middle">{seconds_text(longest * tick / 4)}</text>')
+        at = seconds_text(longest * tick / 4) if tick else "0"
+        marks.append(f'<text x="{x:.1f}" y="{y + 17}" text-anchor="middle">{at}</text>')
     rule = f'<line class="rule" x1="{left}" y1="{y}" x2="{left + span}" y2="{y}"/>'
     return rule + "".join(marks)
-
-
-def bytes_text(count: int) -> str:
-    """Bytes in the unit that reads best.
-
-    >>> [bytes_text(x) for x in (0, 900, 2048, 3 << 20, 5 << 30)]
-    ['0', '900 B', '2.0 KiB', '3.0 MiB', '5.0 GiB']
-    """
-    if count == 0:
-        return "0"
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
 
 
 def memory_text(by_position: Sequence[Mapping[str, int]], budget: int | None = None, replicas: int = 1) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.models.base import Call, View
-from trainer.plan.draw import bytes_text, memory_text
+from trainer.plan.amounts import bytes_text
+from trainer.plan.draw import memory_text
 from trainer.plan.places import Position, Ranks
 from trainer.plan.records import Channel, Config, PositionPlan
 from trainer.spec import RunSpec

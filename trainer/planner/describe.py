@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from trainer.plan.draw import seconds_text
+from trainer.plan.amounts import count_text, gigabytes, seconds_text
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.estimate import KINDS, TENSOR_EXPOSED, Estimate
 from trainer.planner.layouts import MARK
@@ -110,23 +110,6 @@ def _runs(memory: Sequence[Mapping[str, int]]) -> list[dict[str, Any]]:
 
 
 # --- for people ---------------------------------------------------------------------------------------------
-
-
-def count_text(value: float) -> str:
-    """A count with its thousands, or in the unit that reads best.
-
-    >>> [count_text(x) for x in (512, 16384, 2_530_000, 4.1e11, 1.008e12)]
-    ['512', '16,384', '2.53 M', '410 B', '1.01 T']
-    """
-    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:,.0f}"
-
-
-def gigabytes(value: float) -> str:
-    """Bytes as GB of 10^9, the unit of device sheets."""
-    return f"{value / 1e9:,.1f} GB" if value >= 1e8 else f"{value / 1e6:,.1f} MB"
 
 
 def text(found: Advice, spec: RunSpec, cluster: ClusterSpec, top: int, named: str = "SPEC") -> str:

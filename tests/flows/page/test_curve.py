@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from flows.page.curve import loss_image, loss_markdown
 
 
@@ -11,6 +13,9 @@ def test_the_loss_is_a_mermaid_chart_of_bounded_size() -> None:
     assert text.count(",") < 200
     assert "loss 1.0000 → 0.0002 at step 4999" in text
     assert "no steps yet" in loss_markdown("r", {})
+    assert "loss 5.7329 at step 1\n" in loss_markdown("r", {1: 5.7329})
+    assert "loss 2.0000 → 1.5e+30 at step 2" in loss_markdown("r", {1: 2.0, 2: 1.5e30})
+    assert 'y-axis "loss" 0.0000 -->' in text
     assert "nan" not in loss_markdown("r", {1: 2.0, 2: float("nan"), 3: 1.0}).lower()
 
 
@@ -19,4 +24,5 @@ def test_the_loss_is_a_small_picture_too() -> None:
     assert address.startswith("data:image/svg+xml;utf8,<svg ")
     assert "#" not in address  # it would end the address
     assert len(address) < 2000
+    assert re.findall(">([0-9.e-]+)</text>", address) == ["1", "0.0002", "1", "4999"]  # losses that there were
     assert "<polyline" in loss_image({1: float("nan")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,10 @@ from checkpoint.keys import evaluated_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.log.records import OUTCOMES
 from checkpoint.store import Store
-from flows.drive.events import Event, Outcome
+from flows.drive.events import WARNS, Event, Outcome
 from flows.hosting import Prefect, undisturbed
 from flows.page import Page, end_message
-from flows.page.page import END_STATES
+from flows.page.ends import END_STATES
 from flows.prefect_api import Client, Gone, PrefectSettingsError, Refused
 from tests.checkpoint.samples import point_body
 from tests.flows.conftest import Api
@@ -118,8 +119,15 @@ def test_all_of_it_is_there(prefect: Api, store: Store) -> None:
     told = Told(store, lambda: Client.connect(prefect.server.api))
     told.begin()
     told.evaluate(30)
+    told.page.line(f"{WARNS}4,432 tokens a second, where 44,192 are usual")
     assert told.fail_and_end(), told.warned
     flow_run = assert_whole(prefect, told)
+    warned = {"level": {"ge_": logging.WARNING}, "flow_run_id": {"any_": [flow_run["id"]]}}
+    assert [row["message"] for row in prefect.ask("logs/filter", {"logs": warned})] == [
+        "4,432 tokens a second, where 44,192 are usual"
+    ]
+    files = prefect.artifacts(flow_run["id"])[f"{told.run}-files"]["data"]
+    assert f"`hotstage ckpt export {told.run} --store {store.url} -o model/`" in files
     scores = prefect.artifacts(flow_run["id"])[f"{told.run}-evaluations"]["data"]
     assert "| 30 | 2.5 | bench: it exited with 1 |" in scores
     assert told.warned == []
@@ -206,7 +214,12 @@ def test_the_end_is_told_to_a_server_that_is_busy_for_long(prefect: Api, store: 
     now = [0.0]
     told = Told(store, lambda: Client.connect(front.api), clock=lambda: now[0])
     told.begin()
-    wait_for(lambda: told.page.flow_run, "the flow run", 60)
+
+    def shown() -> str | None:
+        now[0] += 1.0  # what the server was too busy for is told again after a pause
+        return told.page.flow_run
+
+    wait_for(shown, "the flow run", 60)
     front.mode = 503
     outcome = Outcome(told.run, "succeeded", "", 60, "ef" * 32, 1, 0)
     with ThreadPoolExecutor(1) as pool:

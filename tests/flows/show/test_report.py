@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from checkpoint.store import open_store
 from flows.drive.run import load_run
 from flows.show import foretell
 from flows.show.facts import report_facts
-from flows.show.report import AttemptFact, ReportFacts, loss_svg, render
+from flows.show.loss_chart import LETTER, AttemptFact, loss_chart
+from flows.show.report import ReportFacts, render
 from tests.flows.conftest import Trained
 from tests.support.place import STEPS
 
@@ -112,23 +114,24 @@ def test_an_attempt_by_order_is_no_failure() -> None:
     assert "4 stages x 1 replica" in text
     assert "ordered by ann (runs resume)" in text
     assert "0 stime lost to failures" in text
-    assert "0.6 stime lost to failures" in "".join(read(render(FACTS)).text)
+    assert "0.62 stime lost to failures" in "".join(read(render(FACTS)).text)
 
 
 def test_attempts_are_marked_in_the_curve() -> None:
-    svg = loss_svg(FACTS.curve, FACTS.attempts, [30])
+    svg = loss_chart(FACTS.curve, FACTS.attempts, [30], {})
     assert svg.count("stroke-dasharray") == 1
     assert "attempt 2" in svg
     assert "checkpoint at step 30" in svg
+    assert "dasharray" not in loss_chart(FACTS.curve, FACTS.attempts[:1], [30], {})
     early, late = (dict.fromkeys(range(1, end), 5.0) for end in (1000, 32))
     for curve, ends in (early, False), (late, True):  # its words go to the side that has room for them
-        assert ('text-anchor="end" y="30">attempt 2' in loss_svg(curve, FACTS.attempts, [])) == ends
+        assert ('text-anchor="end" y="28">attempt 2' in loss_chart(curve, FACTS.attempts, [], {})) == ends
 
 
 def test_an_attempt_from_the_start_is_marked_where_the_one_before_had_come_to() -> None:
     attempts = [AttemptFact(1, 1, 0.0, -1, "", 1, 6), AttemptFact(2, 5, 1.0, -1, "why it died, " * 9, 1, 6, 6, 0.6)]
-    svg = loss_svg({step: 9.0**step for step in range(1, 7)}, attempts, [])
-    assert '<line x1="984.0" x2="984.0"' in svg  # step 6, at the right edge
+    svg = loss_chart({step: 9.0**step for step in range(1, 7)}, attempts, [], {})
+    assert '<line x1="976.0" x2="976.0"' in svg  # step 6, at the right edge
     assert "why it …</text>" in svg  # what is cut says so
     assert re.findall(r'text-anchor="middle">([0-9.]+)<', svg) == ["1", "2", "3", "4", "5", "6"]  # steps are whole
     assert "9.00 → 5.31e+05" in render(replace(FACTS, curve={1: 9.0, 6: 9.0**6}))
@@ -151,9 +154,37 @@ def test_odd_curves(curve: dict[int, float]) -> None:
     read(render(replace(FACTS, curve=curve, steps=max(curve, default=0))))
 
 
-def test_a_run_that_has_done_nothing() -> None:
+def test_a_run_that_has_done_nothing_or_a_step() -> None:
     text = "".join(read(render(ReportFacts("r", "planned", 0, {}, [], []))).text)
     assert "No steps were recorded" in text
+    assert "One step: loss 5.7329 at step 1." in render(replace(FACTS, curve={1: 5.73289}))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_others_drawn() -> None:
+    page = render(replace(FACTS, curve={1: 5.0, 2: 4.0, 3: float("nan"), 4: float("inf")}))
+    assert "nan" not in re.search("<polyline[^>]*>", page).group(0)  # type: ignore[union-attr]
+    assert "5.00 → not finite" in page
+    assert "Not finite, and not drawn: 2 of 4 losses." in page
+
+
+def test_fifty_attempts_and_a_thousand_checkpoints_can_be_told_apart() -> None:
+    attempts = [AttemptFact(n, n, 7200.0 * n, 200 * n - 200, "rank 1 was killed", lost_steps=10) for n in range(1, 51)]
+    checkpoints = [{"step": step, "state_digest": "ab"} for step in range(10, 10_001, 10)]
+    page = render(
+        replace(FACTS, curve=dict.fromkeys(range(1, 10_001), 2.0), attempts=attempts, checkpoints=checkpoints)
+    )
+    assert page.count("stroke-dasharray") == 49
+    assert page.count("><title>attempt ") == 49  # where there is no room for words a pointer finds them
+    ends = []
+    for x, side, words in re.findall(r'<text x="([0-9.]+)"( text-anchor="end")? y="28">([^<]*)<', page):
+        begins = float(x) - (LETTER * len(words) if side else 0)
+        ends.append((begins, begins + LETTER * len(words)))
+    assert len(ends) >= 45  # most have their number at least
+    assert all(one[1] <= other[0] for one, other in pairwise(ends))
+    assert page.count("<path") < 150
+    assert "950 older ones: <code>hotstage ckpt ls demo-0a1b2c</code>" in page
+    assert ">10,000</text>" in page
+    assert "4 d 4 h" in page
 
 
 def test_different_digests_are_shouted() -> None:
