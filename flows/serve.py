@@ -122,8 +122,7 @@ class Server:
             [firing for firing in due if firing.id not in self.children], self.policy, self.now(), more=more
         )
         for firing, why in judged.skipped:
-            client.set_state(str(firing.id), "CANCELLED", "Cancelled", why)
-            self.say(f"skipped {firing.name}: {why}")
+            self._skip(client, firing, why)
         if judged.start and self.policy.overlap == "cancel" and self._older_go_on(served):
             return
         for firing in judged.start:
@@ -132,6 +131,14 @@ class Server:
             client.mark(str(firing.id), own_mark())  # until its own process says that it is that one's
             if served.take(firing.id):
                 self._start(client, firing.id, firing.name)
+            elif client.state_of(str(firing.id)) == "CANCELLED":  # for want of room; Prefect does not say who has it
+                older = ", ".join(served.names_going_on(self._known.deployment))
+                why = f"an older run of this schedule goes on: {older}"
+                self._skip(client, firing, f"{why}; where its process is gone for good, cancel that one on the page")
+
+    def _skip(self, client: Client, firing: DueFiring, why: str) -> None:
+        client.set_state(str(firing.id), "CANCELLED", "Cancelled", why)
+        self.say(f"skipped {firing.name}: {why}")
 
     def _is_before(self, served: Deployments, firing: DueFiring) -> bool:
         """Whether there is room, and an older firing waits for it: that one asks again soon, and has its turn (F3)."""
@@ -184,7 +191,8 @@ class Server:
             self._register(client, served, made)
             assert self._known is not None
             self.registered(client, self._known.deployment)
-            for word in pool_words(found, made.job_variables):
+            row = served.read(self._known.deployment)
+            for word in pool_words(found, made.job_variables, served.queue(found, row)):
                 self.say(f"  {word}")
 
     def _register(self, client: Client, served: Deployments, made: RunnerDeployment) -> None:

@@ -47,10 +47,16 @@ _NEVER_STARTS = {
     "CreateContainerConfigError": "create what the message names (a Secret: launch.store_secret), then resume the run",
 }
 _NO_IMAGE = re.compile(
-    r"not found|manifest unknown|no such (?!host)|does not exist|unauthorized|authentication required|denied|forbidden",
+    r"not found|manifest unknown|no such (?!host)|does not exist|unauthorized|authentication required|denied|forbidden"
+    r"|no basic auth credentials|no user/password",
     re.I,
 )
 """A registry whose name is not known now (``no such host``) may be again: name servers have outages."""
+_NUMA = (
+    "its Topology Manager finds no NUMA node with all that the pod asks for, which the scheduler does not look at: ask "
+    "for less a pod (launch.resources, launch.agent_resources, more launch.nodes), or take machines without that "
+    "policy (launch.node_selector)"
+)
 _SHORT = {
     "Insufficient cpu": "lower launch.resources.cpu, or add machines",
     "Insufficient memory": "lower the plan's memory (more stages, smaller microbatches), or add bigger machines",
@@ -59,6 +65,8 @@ _SHORT = {
     "node affinity": "correct launch.node_selector; machines with two strikes are left out (`hotstage runs show RUN`)",
     "were unschedulable": "machines are cordoned: `kubectl uncordon` them, or add others",
     "Too many pods": "machines hold as many pods as they may: add others",
+    "ReadWriteOncePod": "such a claim is for one pod: take one of ReadWriteMany, or a volume of each pod's own",
+    "Multi-Attach": "such a claim is for one machine: take one of ReadWriteMany, or a volume of each pod's own",
     "unbound": "a volume of launch.pod_patch has no storage behind it: create its claim",
 }
 
@@ -153,7 +161,8 @@ def pod_loss(pod: PodView, node: int, limits: Limits = NO_LIMITS) -> Finding | N
         )
         return found(Failure.MEMORY if own else POD_REASONS[pod.reason], f"was evicted: {pod.message}", mend)
     if pod.reason in TURNED_AWAY:
-        return found(POD_REASONS[pod.reason], f"was rejected by its machine: {pod.message or pod.reason}")
+        text = f"was rejected by its machine: {pod.message or pod.reason}"
+        return found(POD_REASONS[pod.reason], text, _NUMA if pod.reason == "TopologyAffinityError" else "")
     if _machine_gone(pod):
         return found(Failure.INFRA, "is on a machine that no longer answers the control plane")
     disruption = pod.conditions.get("DisruptionTarget")
@@ -396,7 +405,12 @@ def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventVie
     """What a launch that is not whole waits for, with the mend; never empty."""
     if job.suspended:
         if job.queue:
-            return f"suspended, Kueue has not admitted it (queue {job.queue})"
+            told = next((e for e in reversed(events) if e.about == job.name and _of_kueue(e)), None)
+            why = f": {told.reason}: {told.message}" if told else ""
+            return (
+                f"suspended, Kueue has not admitted it (queue {job.queue}){why}; "
+                f"`kubectl get workloads` shows it, `kubectl describe workload` says why"
+            )
         return f"suspended; where it stays so, {_held_back(job)}"
     for pod in pods:
         scheduled = pod.conditions.get("PodScheduled")
@@ -419,10 +433,15 @@ def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventVie
             mend = f"; {refused.mend}" if refused else ""
             return f"the API server rejects its pods: {event.message}{mend}"
         if event.about in names and event.type == "Warning":
-            return f"{event.about}: {event.reason}: {event.message}"
+            return f"{event.about}: {event.reason}: {event.message}{_mend(event.message)}"
     if not pods:
         return "its pods are not created yet"
     return ", ".join(sorted({_waits_for(pod) for pod in pods}))
+
+
+def _of_kueue(event: EventView) -> bool:
+    """Whether it says why Kueue holds a Job back; the others tell that it does."""
+    return event.type == "Warning" or event.reason == "Stopped"
 
 
 def _waits_for(pod: PodView) -> str:

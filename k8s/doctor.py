@@ -394,10 +394,11 @@ def _named(api: Reader, wanted: RunNeeds) -> list[Check]:
         return []
     own = {wanted.store_secret, f"{wanted.job['metadata']['name']}-key"}
     named = [n for n in named_by(wanted.job["spec"]["template"]["spec"]) if n.kind != "Secret" or n.name not in own]
-    return [check for one in named if (check := _one_named(api, wanted.namespace, one)) is not None]
+    pods = int(wanted.job["spec"]["completions"])
+    return [check for one in named if (check := _one_named(api, wanted.namespace, one, pods)) is not None]
 
 
-def _one_named(api: Reader, space: str, one: Named) -> Check | None:
+def _one_named(api: Reader, space: str, one: Named, pods: int) -> Check | None:
     """What is wrong with it; None: nothing."""
     resource = next(r for r in (CLAIMS, CONFIGS, SECRETS) if r.kind == one.kind)
     verdict: Literal["warn", "bad"] = "warn" if one.pulls else "bad"
@@ -420,6 +421,13 @@ def _one_named(api: Reader, space: str, one: Named) -> Check | None:
     if (raw.get("status") or {}).get("phase") == "Lost":
         text = f"PersistentVolumeClaim {one.name} has lost its volume"
         return Check("named", verdict, text, "name another one in launch.pod_patch")
+    modes = set((raw.get("spec") or {}).get("accessModes") or ())
+    if modes and pods > 1 and modes <= {"ReadWriteOnce", "ReadWriteOncePod"}:
+        pod = "ReadWriteOncePod" in modes
+        text = f"PersistentVolumeClaim {one.name} is {', '.join(sorted(modes))}, for one {'pod' if pod else 'machine'}"
+        text += f": of {pods} pods {'all but one' if pod else 'those on others'} wait for it, and do not start"
+        mend = "take a claim of ReadWriteMany or ReadOnlyMany, or a volume of each pod's own (ephemeral, emptyDir)"
+        return Check("named", "bad" if pod else "warn", text, mend)
     return None
 
 

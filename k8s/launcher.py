@@ -162,6 +162,9 @@ class KubernetesLauncher:
             known.events_at = self._clock()
             known.events, known.blind = self._events(job, list(pods.objects.values()))
             view = self._view(launch_id, known, job, pods)
+        made_now = known.settled and known.uid == job.uid and self._clock() - known.made_at < FRESH_S
+        if view.state == "waiting" and job.suspended and not job.queue and made_now:
+            return replace(view, detail="its Job has just been made")  # as this process made it; the watch lags behind
         if view.state == "waiting" and known.blind:
             return replace(view, detail=f"{view.detail} (its events cannot be read: {known.blind})")
         return view

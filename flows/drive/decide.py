@@ -32,16 +32,19 @@ Rules:
       rate, as often as D10 does, each time further; or gives up. Nothing is thrown away for it that is not saved:
       without such a checkpoint it is told alone.
   D12 A run that has used its device hours saves its state, leaves, and ends parked; only a person's order opens it.
+  D13 A gang of which a part has room keeps it from others, who may have the rest and wait for it in their turn. After
+      ``capacity_s``, later each time and by a share of its own, it gives its room back and asks anew a little later.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from flows.drive.causes import cause_of, explained, rank_class, stalled
-from flows.drive.history import avoided, backoff, give_up, struck, suspected
+from flows.drive.history import avoided, backoff, give_up, recent, struck, suspected
 from flows.drive.policies import healed, often, own_orders, parked
 from flows.drive.views import (
     AttemptView,
@@ -70,6 +73,8 @@ from trainer.failures import FAILURES, Failure
 from trainer.wire import ATTEMPT_SKIPS_MAX
 
 K = TypeVar("K")
+GIVEN_FOR = 0.3
+"""Of ``capacity_s``: for how long what was given back is left to others. A Job asks a quota again once a minute."""
 
 
 def choose_restore(log: LogView, nodes: Sequence[NodeView], policy: Policy, *, use_slots: bool) -> Restore:
@@ -113,7 +118,11 @@ def decide(log: LogView, seen: Look, policy: Policy, memory: Memory) -> tuple[De
     )
     decision = parked(log, seen, policy, decision) or healed(log, seen, policy, decision) or decision
     if isinstance(decision, Watch):
+        if memory.given is not None and decision.phase is Phase.LAUNCHING:
+            return Watch(Phase.WAITING, "its room is left to others for a while", ensure=False), memory
         return replace(decision, ensure=seen.lost is None), memory
+    if isinstance(decision, StartAttempt) and decision.gives_way:
+        return decision, replace(memory, given=(policy.launch, seen.now_s))
     if isinstance(decision, StartAttempt) and decision.delay_s > 0:
         memory = replace(memory, holding=memory.holding or (log.attempts[-1].epoch, seen.now_s))
         if _age(memory.holding, seen) < decision.delay_s:
@@ -137,6 +146,7 @@ def _remembered(log: LogView, seen: Look, policy: Policy, memory: Memory) -> Mem
         waiting=_since(memory.waiting, policy.launch if seen.waiting else None, seen.now_s),
         leaving=_since(memory.leaving, left, seen.now_s),
         holding=memory.holding if memory.holding and memory.holding[0] == epoch else None,
+        given=memory.given if _age(memory.given, seen) < GIVEN_FOR * policy.capacity_s else None,
     )
 
 
@@ -187,7 +197,7 @@ def judge(
     mine = [n for n in nodes if n.epoch == newest.epoch]
     trains = any(r.pid and not r.ended for n in mine for r in n.ranks)  # whatever its launcher says: it is not ended
     if waiting and lost is None and waited_s >= policy.capacity_s and not trains:
-        relief = _without_room(log, policy, waiting, room)
+        relief = _without_room(log, policy, waiting, room, waited_s)
         if relief is not None:
             return relief
     cause, leave = cause_of(newest, nodes, mine, lost, policy), lost is not None
@@ -267,9 +277,9 @@ def _no_way_back(log: LogView, restore: Restore) -> End | None:
     return End("gave_up", cause.text, cause)
 
 
-def _without_room(log: LogView, policy: Policy, waiting: str, room: int) -> Decision | None:
+def _without_room(log: LogView, policy: Policy, waiting: str, room: int, waited_s: float) -> Decision | None:
     """For a launch that has waited long enough: another layout, where the spec allows one (D9), else the machines that
-    were left out, once more.
+    were left out, once more; else what it holds of others' room is given back (D13).
     """
     newest = log.attempts[-1]
     if room >= newest.nodes:
@@ -284,7 +294,7 @@ def _without_room(log: LogView, policy: Policy, waiting: str, room: int) -> Deci
         return _no_way_back(log, restore) or begin
     out = avoided(log, newest.launch, policy.strikes)
     if not out:
-        return None
+        return _gives_way(log, policy, waiting, room, waited_s)
     text = f"no room without {', '.join(out)}, left out for earlier failures: {waiting}"
     cause = Cause(Failure.INFRA, text, FAILURES[Failure.INFRA].mend)
     why = give_up(log, cause, policy)
@@ -292,6 +302,19 @@ def _without_room(log: LogView, policy: Policy, waiting: str, room: int) -> Deci
         return End("gave_up", why, cause)
     restore = choose_restore(log, (), policy, use_slots=False)
     return _no_way_back(log, restore) or StartAttempt(restore, (), "recover", cause, renew=True, pardon=out)
+
+
+def _gives_way(log: LogView, policy: Policy, waiting: str, room: int, waited_s: float) -> Decision | None:
+    """A new launch, made a little later, for one that has held room for a part of its nodes long enough (D13)."""
+    newest = log.attempts[-1]
+    share = zlib.crc32(policy.launch.encode()) / 2**32  # two gangs that began together do not give way together
+    if room == 0 or waited_s < policy.capacity_s * (len(recent(log)) + share):
+        return None
+    restore = choose_restore(log, (), policy, use_slots=False)
+    reason = f"gave back what {room} of its {newest.nodes} nodes had, which another gang may wait for; {waiting}"[:500]
+    return _no_way_back(log, restore) or StartAttempt(
+        restore, (), reason, renew=True, layout=_asked(policy), gives_way=True
+    )
 
 
 def _smaller(policy: Policy, room: int) -> RunLayout | None:

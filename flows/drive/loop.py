@@ -390,7 +390,8 @@ class Driver:
         if self.launcher.detaches and old is not None and old.launch != newest.launch:
             # its agents see the record and leave by themselves; this frees their place sooner
             self.launcher.stop(old.launch, 0.0)
-        self.launcher.ensure(self._launch(self._log_view(state), newest.launch))
+        if not order.gives_way:
+            self.launcher.ensure(self._launch(self._log_view(state), newest.launch))
 
     def _turn_away(self) -> Outcome:
         """To stop while something does not answer: by what is known."""

@@ -134,6 +134,8 @@ class Teller:
         if order.layout is not None:
             facts["layout"] = layout_words(order.layout.how)
             facts["for_want_of"] = order.fallback.why if order.fallback else ""
+        if order.gives_way:
+            facts["gave_way"] = order.reason
         self.tell("attempt", **facts, **{"step": order.restore.step, "from": order.restore.origin})
 
     @property

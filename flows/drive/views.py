@@ -263,14 +263,16 @@ class Look:
 
 @dataclass(frozen=True)
 class Memory:
-    """Since when a driver has seen a launch wait (its name), ranks leave on request (their epoch), and the next attempt
-    be held back (the epoch that failed), by its own clock: all that `decide` takes from look to look. A driver begins
-    with none, so a new one waits anew, and decides the same otherwise.
+    """Since when a driver has seen a launch wait (its name), ranks leave on request (their epoch), the next attempt be
+    held back (the epoch that failed), and since it has given a launch's room back (its name), by its own clock: all
+    that `decide` takes from look to look. A driver begins with none, so a new one waits anew, and decides the same
+    otherwise.
     """
 
     waiting: tuple[str, float] | None = None
     leaving: tuple[int, float] | None = None
     holding: tuple[int, float] | None = None
+    given: tuple[str, float] | None = None
 
 
 # --- causes and decisions -----------------------------------------------------------------------------------
@@ -364,7 +366,8 @@ class StartAttempt:
     """Win an attempt record (the fence); the nodes' agents do the rest.
 
     ``renew``: with a new launch of nodes; ``same_plan``: by the plan of the attempt before, whatever this version would
-    compile; ``layout``: another than the run has now; ``fallback`` and ``pardon`` are recorded in the attempt.
+    compile; ``layout``: another than the run has now; ``fallback`` and ``pardon`` are recorded in the attempt;
+    ``gives_way``: its launch is not made yet, what the one before held is left to others for a while (D13).
     """
 
     restore: Restore
@@ -377,6 +380,7 @@ class StartAttempt:
     layout: RunLayout | None = None
     fallback: Fallback | None = None
     pardon: tuple[str, ...] = ()
+    gives_way: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,14 @@ class Deployments:
         except Lost:
             return None
 
+    def queue(self, pool: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """The work queue of a pool that a deployment's runs are in; nothing where there is none any more."""
+        queue = row.get("work_queue_id") or pool.get("default_queue_id")
+        try:
+            return dict(self.client.send("GET", f"/work_queues/{queue}").json()) if queue else {}
+        except Lost:
+            return {}
+
     def ours(self) -> list[dict[str, Any]]:
         """Every deployment of one of our flows."""
         rows: list[dict[str, Any]] = []
@@ -141,6 +149,10 @@ class Deployments:
     def going_on(self, deployment: UUID) -> list[tuple[str, str]]:
         """Its flow runs that have been taken and have not ended: id and type of state."""
         return [(str(row["id"]), str(row["state_type"])) for row in self.runs(deployment, *OPEN_STATES)]
+
+    def names_going_on(self, deployment: UUID) -> list[str]:
+        """The names of those."""
+        return [str(row["name"]) for row in self.runs(deployment, *OPEN_STATES)]
 
     def ask_cancel(self, flow_run: str, why: str) -> None:
         """As the page's own button does: its process cancels the run and ends."""

@@ -44,16 +44,28 @@ def schedule_row(served: Deployments, row: Mapping[str, Any], name: str) -> dict
         "store": parameters.get("store") or "",
         "next": planned[0]["expected_start_time"] if planned and (pool or served_s(row) is not None) else "",
         "late": late,
-        "lacks": pool_words(pool, row.get("job_variables") or {}) if pool else [],
+        "lacks": pool_words(pool, row.get("job_variables") or {}, served.queue(pool, row)) if pool else [],
         "going_on": len(served.going_on(deployment)),
     }
 
 
-def pool_words(pool: Mapping[str, Any], variables: Mapping[str, Any]) -> list[str]:
-    """What keeps runs of a work pool from starting, each with its mend. ``variables``: of the deployment's jobs."""
+def pool_words(pool: Mapping[str, Any], variables: Mapping[str, Any], queue: Mapping[str, Any]) -> list[str]:
+    """What keeps runs of a work pool from starting, each with its mend. ``variables``: of the deployment's jobs;
+    ``queue``: the pool's work queue that they are in.
+    """
     name, found = pool["name"], []
+    own = queue.get("name", "")
     if pool.get("is_paused"):
         found.append(f"pool {name} is paused: nothing starts before `prefect work-pool resume {name}`")
+    elif queue.get("is_paused"):
+        resume = f"prefect work-queue resume {own} --pool {name}"
+        found.append(f"queue {own} of pool {name} is paused: nothing starts before `{resume}`")
+    elif pool.get("concurrency_limit") == 0:
+        clear = f"prefect work-pool clear-concurrency-limit {name}"
+        found.append(f"pool {name} takes no run at a time: nothing starts before `{clear}`")
+    elif queue.get("concurrency_limit") == 0:
+        clear = f"prefect work-queue clear-concurrency-limit {own} --pool {name}"
+        found.append(f"queue {own} of pool {name} takes no run at a time: nothing starts before `{clear}`")
     elif pool.get("status") == "NOT_READY":
         found.append(f"no worker of pool {name} is online: `prefect worker start --pool {name}` where its runs train")
     known = ((pool.get("base_job_template") or {}).get("variables") or {}).get("properties") or {}

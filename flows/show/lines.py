@@ -94,7 +94,8 @@ class Lines:
                 where = f"at step {max(facts['step'], 0)} {origin}"
                 if facts.get("layout"):
                     where += f", now {facts['layout']}" + (f" ({facts['for_want_of']})" if facts["for_want_of"] else "")
-                self.say(f"attempt {facts['number']}: {where}" + (f"; because {cause['text']}" if cause else ""))
+                because = f"because {cause['text']}" if cause else facts.get("gave_way", "")
+                self.say(f"attempt {facts['number']}: {where}" + (f"; {because}" if because else ""))
             case "known" if facts["ended"]:
                 opens = "" if facts["ended"] == "succeeded" else "; `hotstage runs resume` opens it again"
                 self.say(f"this run had ended before ({facts['ended'].replace('_', ' ')}): nothing is trained{opens}")

@@ -170,6 +170,8 @@ def test_what_strikes_while_it_trains(one: Gang, judge: Judge, fault: str) -> No
 MATCH = 'topologyKey = "kubernetes.io/hostname", labelSelector.matchLabels."app.kubernetes.io/managed-by" = "hotstage"'
 APART = f"{{ affinity.podAntiAffinity.requiredDuringSchedulingIgnoredDuringExecution = [{{ {MATCH} }}] }}"
 """Each pod on a machine of its own."""
+# of any namespace: a machine has room for one such pod
+LONELY = 'namespaceSelector = {}, labelSelector.matchLabels.lonely = "yes"'
 
 
 def test_two_replicas_lose_a_rank_a_pod_and_a_machine(one: Gang, judge: Judge) -> None:
@@ -425,6 +427,33 @@ def test_no_machine_fits(one: Gang, judge: Judge) -> None:
         for name in one.cluster.nodes:
             one.cluster.kubectl("label", "node", name, "fitting-")
     assert judge.row(one, "unschedulable", told, result)["attempts"] == 1
+
+
+def test_two_gangs_that_hold_half_of_what_each_needs(
+    one: Gang, cluster: Cluster, s3: S3Server, tmp_path: Path, judge: Judge
+) -> None:
+    """Each has a pod on one machine and waits for the other's; each would for ever."""
+    apart = APART.replace('labelSelector.matchLabels."app.kubernetes.io/managed-by" = "hotstage"', LONELY)
+    with gang(cluster, tmp_path / "other", s3) as other:
+        both = {f"{each.namespace}-room": each for each in (one, other)}
+        try:
+            for node, (label, each) in zip(cluster.nodes, both.items(), strict=True):
+                cluster.kubectl("label", "node", node, f"{label}=yes")
+                each.sets += [f'launch.node_selector={{ "{label}" = "yes" }}', PATCH + apart]
+                each.sets += ['launch.labels={ lonely = "yes" }', "recovery.capacity_s=6", "launch.connect_s=10"]
+            drivers = [each.start() for each in both.values()]
+            for each in both.values():
+                until(lambda p=each.pods: any(pod["spec"].get("nodeName") for pod in p()), "half", 60.0, each.picture)
+            for label in both:
+                cluster.kubectl("label", "node", "--all", f"{label}=yes", "--overwrite")
+            results = [ended(driver, 240.0) for driver in drivers]
+        finally:
+            for label in both:
+                cluster.kubectl("label", "node", "--all", f"{label}-")
+    why = [a.reason for a in one.state().attempts] + [a.reason for a in other.state().attempts]
+    told = next(reason for reason in why if reason.startswith("gave back what 1 of its 2 nodes had"))
+    for each, result in zip((one, other), results, strict=True):
+        judge.row(each, "two gangs hold half of the machines each", told, result)
 
 
 def test_a_plan_that_needs_more_memory_than_its_limit(one: Gang, judge: Judge) -> None:

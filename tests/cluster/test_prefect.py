@@ -13,7 +13,7 @@ from flows.prefect_server import PrefectServer
 from k8s.labels import LAUNCH
 from k8s.render import PORT_BASE
 from tests.cluster.cluster import Cluster
-from tests.cluster.gang import Gang, ended, gang
+from tests.cluster.gang import Gang, ended, gang, until
 from tests.flows.conftest import Api
 from tests.support.place import Place
 from tests.support.s3_server import S3Server
@@ -79,6 +79,7 @@ def test_four_stages_end_as_a_completed_flow_run_with_the_local_runs_bits(
 ) -> None:
     more = ["--set", f"launch.nodes={nodes}", "--set", f"launch.pod_patch={apart(local[0])}"]
     driver = one.drive("train", "spec.toml", "--json", *one.arguments, *more)
+    until(lambda: one.attempts() == 1, "its data, and the first attempt", 300.0, one.picture)
     one.reached(4)
     pods = one.pods()
     assert len(pods) == nodes

@@ -60,6 +60,11 @@ WAITS: dict[str, tuple[PodView | None, list[EventView], str]] = {
         [EventView("x-k1", "FailedCreate", "pods is forbidden: exceeded quota: small", "Warning")],
         "raise the quota",
     ),
+    "a claim of one machine": (
+        replace(unscheduled(""), conditions={}),
+        [EventView("x-k1-1", "FailedAttachVolume", 'Multi-Attach error for volume "pvc-1"', "Warning")],
+        "take one of ReadWriteMany",
+    ),
     "mount": (
         replace(unscheduled(""), conditions={}),
         [EventView("x-k1-1", "FailedMount", 'secret "x-k1-key" not found', "Warning")],
@@ -82,6 +87,9 @@ def test_a_suspended_launch_waits_for_its_queue() -> None:
     view = launch_view("x-k1", replace(JOB, suspended=True, queue="team"), [])
     assert (view.state, view.loss) == ("waiting", None)
     assert "queue team" in view.detail
+    told = [EventView("x-k1", "Stopped", "The workload is deactivated"), EventView("x-k1", "Suspended", "suspended")]
+    view = launch_view("x-k1", replace(JOB, suspended=True, queue="team"), [], events=told)
+    assert "(queue team): Stopped: The workload is deactivated; `kubectl get workloads`" in view.detail
     view = launch_view("x-k1", replace(JOB, suspended=True), [])  # by Kueue, which may manage what names no queue
     assert (view.state, view.loss) == ("waiting", None)
     assert "set launch.queue" in view.detail
@@ -114,6 +122,10 @@ LOSSES: dict[str, tuple[PodView, str, str, str]] = {
     "image unknown to its registry": (
         pod(1, ContainerView("waiting", "ImagePullBackOff", "manifest unknown"), phase="Pending"),
         *("config", "manifest unknown", "launch.image"),
+    ),
+    "image behind a login": (
+        pod(1, ContainerView("waiting", "ErrImagePull", "pull access: no basic auth credentials"), phase="Pending"),
+        *("config", "no basic auth credentials", "imagePullSecrets"),
     ),
     "image of other processors": (
         pod(
@@ -201,6 +213,10 @@ LOSSES: dict[str, tuple[PodView, str, str, str]] = {
         *("infra", "low on resource", "request what the run needs"),
     ),
     "turned away": (pod(1, phase="Failed", reason="OutOfcpu"), "infra", "was rejected", ""),
+    "no NUMA node": (
+        pod(1, phase="Failed", reason="TopologyAffinityError", message="Resources cannot be allocated with topology"),
+        *("infra", "was rejected by its machine: Resources cannot", "launch.resources"),
+    ),
     "machine silent": (
         pod(
             1,

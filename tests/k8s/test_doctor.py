@@ -245,6 +245,11 @@ def test_what_the_pods_name_is_looked_for(server: ApiServer) -> None:
         "PersistentVolumeClaim scratch has lost its volume",
         "ConfigMap roots lacks ca.crt, which the pods name",
     ]
+    once = {"metadata": {"name": "scratch"}, "spec": {"accessModes": ["ReadWriteOnce"]}, "status": {"phase": "Bound"}}
+    server.put(f"{SPACE}/persistentvolumeclaims", once)
+    (_, claim, _) = examined(server, pod_patch=PATCH)["named"]
+    assert (claim.verdict, "ReadWriteOnce, for one machine: of 2 pods those on others" in claim.text) == ("warn", True)
+    assert "ReadWriteMany" in claim.mend
     server.denied.add(("get", "configmaps"))
     (_, _, check) = examined(server, pod_patch=PATCH)["named"]
     assert (check.verdict, check.text.endswith("nobody looked whether ConfigMap roots is there")) == ("unknown", True)

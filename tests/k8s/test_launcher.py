@@ -184,6 +184,21 @@ def test_a_queue_leaves_the_job_suspended_for_kueue(server: ApiServer, launcher:
     assert state_of(launcher) == "waiting"
 
 
+def test_a_job_that_has_just_been_made_is_not_held_back_by_anybody(server: ApiServer) -> None:
+    """The watch shows it suspended for a moment, as it was made; each start told of Kueue."""
+    now = [100.0]
+    configuration = Configuration()
+    configuration.host = server.url
+    launcher = KubernetesLauncher(Api(Access(configuration)), "train", pace=QUICK, clock=lambda: now[0])
+    launcher.ensure(LAUNCH_OF)
+    job = server.named("jobs")[NAME]
+    server.put(AT, {**job, "spec": {**job["spec"], "suspend": True}})
+    until(lambda: launcher.observe(NAME).detail == "its Job has just been made", "what a start looks like")
+    now[0] += 11.0
+    assert "kubectl patch job" in launcher.observe(NAME).detail
+    launcher.close()
+
+
 def test_machines_with_strikes_are_left_out(server: ApiServer, launcher: KubernetesLauncher) -> None:
     launcher.ensure(replace(LAUNCH_OF, avoid=("b", "a")))
     affinity = server.named("jobs")[NAME]["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]

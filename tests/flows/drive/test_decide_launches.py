@@ -8,7 +8,7 @@ import pytest
 
 from flows.drive.decide import judge as decide
 from flows.drive.history import struck
-from flows.drive.views import Cause, End, NodeView, Phase, RankView, StartAttempt, Watch
+from flows.drive.views import Cause, End, LogView, NodeView, Phase, Policy, RankView, StartAttempt, Watch
 from tests.flows.drive.decisions import LOST, POLICY, attempt, ended, layout, log, running, started
 from trainer.failures import Failure
 
@@ -219,9 +219,32 @@ def test_nothing_smaller_or_no_want_of_machines_is_waited_for() -> None:
     assert decide(log(replace(attempt(1), nodes=1)), [], last, waiting="w", waited_s=99.0) == waits
     # every pod has its machine: an image is pulled, which fewer pods would pull no faster
     assert decide(log(replace(attempt(1), nodes=4)), [], LADDER, waiting="w", waited_s=99.0, room=4) == waits
-    # one machine is there, and each layout that is left needs two
+
+
+def test_a_part_of_a_gang_gives_its_room_back_and_later_each_time() -> None:  # D13
+    """One machine is there, and each layout that is left needs two."""
     two = replace(LADDER, layouts=(layout(4), layout(2)))
-    assert decide(log(replace(attempt(1), nodes=4)), [], two, waiting="w", waited_s=99.0, room=1) == waits
+    asked = log(replace(attempt(1), nodes=4))
+    waits = Watch(Phase.WAITING, "w")
+    assert decide(asked, [], two, waiting="w", waited_s=30.0, room=1) == waits
+    assert decide(asked, [], replace(two, layouts=()), waiting="w", waited_s=600.0, room=0) == waits  # it holds nothing
+    back = started(decide(asked, [], two, waiting="w", waited_s=60.0, room=1))
+    assert (back.gives_way, back.renew, back.cause, back.layout) == (True, True, None, None)
+    assert back.reason.startswith("gave back what 1 of its 4 nodes had")
+    times = {
+        name: next(s for s in range(61) if started_by(asked, replace(two, launch=name), float(s)))
+        for name in ("a-k1", "b-k1")
+    }
+    assert times["a-k1"] != times["b-k1"]  # two gangs that began together do not give way together
+    again = log(replace(attempt(1), nodes=4), replace(attempt(2), nodes=4), replace(attempt(3), nodes=4))
+    assert decide(again, [], two, waiting="w", waited_s=90.0, room=1) == waits
+    assert started(decide(again, [], two, waiting="w", waited_s=120.0, room=1)).gives_way
+
+
+def started_by(asked: LogView, policy: Policy, waited_s: float) -> bool:
+    attempts = tuple(replace(a, launch=policy.launch) for a in asked.attempts)
+    found = decide(replace(asked, attempts=attempts), [], policy, waiting="w", waited_s=waited_s, room=1)
+    return isinstance(found, StartAttempt)
 
 
 def test_a_gang_that_trains_is_not_ended_for_want_of_room() -> None:

@@ -61,6 +61,21 @@ def test_a_launch_waits_for_room_since_it_was_first_seen_to() -> None:
     assert memory.waiting == ("l2", 50.0)
 
 
+def test_room_that_was_given_back_is_left_to_others_for_a_while() -> None:  # D13
+    policy, gang = replace(POLICY, capacity_s=30.0), log()
+    memory = decide(gang, Look(10.0, waiting="w", room=1), policy, Memory())[1]
+    back, memory = decide(gang, Look(70.0, waiting="w", room=1), policy, memory)
+    assert isinstance(back, StartAttempt)
+    assert back.gives_way
+    assert memory.given == ("l", 70.0)
+    after, policy = log(attempt(), attempt(2, launch="l2")), replace(policy, launch="l2")
+    left, memory = decide(after, Look(78.9), policy, memory)
+    assert left == Watch(Phase.WAITING, "its room is left to others for a while", ensure=False)
+    asks, memory = decide(after, Look(79.1), policy, memory)
+    assert isinstance(asks, Watch)
+    assert (asks.phase, asks.ensure, memory.given) == (Phase.LAUNCHING, True, None)
+
+
 def test_ranks_that_left_on_request_are_given_time_to_show_why() -> None:
     policy, left = replace(POLICY, detaches=True), tuple(ended(n, code=85) for n in range(2))
     first, memory = decide(log(), Look(7.0, left), policy, Memory())

@@ -143,12 +143,16 @@ def serve(prefect: Api, there: Client) -> Iterator[Any]:
             prefect.delete(f"deployments/{deployment(prefect, one.name)['id']}")
 
 
-def test_overlap_skip(there: Client, serve: Any) -> None:
+def test_overlap_skip(prefect: Api, there: Client, serve: Any) -> None:
     one, made = serve("skips")
     fire(there, made, 3)
     one.states_are("Pending")
     fire(there, made, 2, 1)
     one.states_are("Pending", "Cancelled", "Cancelled")
+    first, *_, newest = of(prefect, "skips", "PENDING", "CANCELLED")
+    told = f"an older run of this schedule goes on: {first['name']}; "  # Prefect's own words name no run
+    wait_for(lambda: any(f"skipped {newest['name']}: {told}" in line for line in one.said), "who has the room", 60)
+    assert of(prefect, "skips", "CANCELLED")[-1]["state"]["message"].startswith(told)
     one.kill_child()
     one.states_are("Crashed", "Cancelled", "Cancelled")
 
@@ -291,6 +295,15 @@ def test_a_pool_says_what_keeps_its_runs_from_starting(prefect: Api, there: Clie
     assert [line.split(":")[0] for line in said] == [f"  no worker of pool {name} is online"]
     row = schedule_row(Deployments(there), deployment(prefect, "pooled"), "train/pooled")
     assert (row["state"], len(row["lacks"])) == (f"in pool {name}", 1)
+    queue, pool = f"/work_queues/{deployment(prefect, 'pooled')['work_queue_id']}", f"/work_pools/{name}"
+    for where, change, mend in (
+        (queue, {"is_paused": True}, f"prefect work-queue resume default --pool {name}"),
+        (queue, {"is_paused": False, "concurrency_limit": 0}, "work-queue clear-concurrency-limit default --pool "),
+        (pool, {"concurrency_limit": 0}, f"prefect work-pool clear-concurrency-limit {name}"),
+    ):
+        there.send("PATCH", where, change)
+        (lack,) = schedule_row(Deployments(there), deployment(prefect, "pooled"), "train/pooled")["lacks"]
+        assert mend in lack
     for made in ("pooled", "train"):
         prefect.delete(f"deployments/{deployment(prefect, made)['id']}")
 
