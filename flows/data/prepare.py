@@ -19,6 +19,8 @@ import hashlib
 import itertools
 import json
 import logging
+import os
+import re
 import sys
 import threading
 import time
@@ -33,6 +35,7 @@ import numpy as np
 from checkpoint import keys
 from checkpoint.errors import StoreRefused
 from checkpoint.store import Store, open_store
+from checkpoint.store.address import folder_of
 from flows.data import duplicates, encoding
 from flows.data import pieces as pieces_of
 from flows.data.encoding import COUNTS, HELD, TRAIN, encode_piece, encoder_of, sample_piece, sampled
@@ -70,6 +73,9 @@ _SETTLED_S = 2.0
 """A file that changed less than that ago may change again without another time: it is not known by its looks."""
 _NO_INPUT = ("tokenizer", "piece_mib", "shuffled", "block", "window", "packing", "cache_gib", "mix")
 """Keys that say nothing of what is made, or of which a digest says more."""
+_OF_STORE = re.compile(
+    "(data/([0-9a-f]{64}|inputs|seen|work)|index|runs/[^/]+/(chunks|folds|live|log|manifests|plans))/"
+)
 Say = Callable[[str], None]
 
 
@@ -168,7 +174,7 @@ class _Preparation:
         if self.given is not None:
             self.wanted.check_vocab(self.given.vocab, self.given.what)
         source, begin = open_source(self.spec), self.clock()
-        entries = source.look()
+        entries = self._without_store(source.look())
         seen, fresh = self._sight(entries), any(entry.changed > begin - _SETTLED_S for entry in entries)
         if not self.again and (inputs := self._seen(seen)) is not None:
             known = self._known(inputs)
@@ -198,6 +204,23 @@ class _Preparation:
         finally:
             release_store(url)
             release_store(self.into)
+
+    def _without_store(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Of a corpus in whose folder the store lies too: the next look would see what this one makes."""
+        if not self.store.url.startswith("file:"):
+            return entries
+        root = f"{folder_of(self.store.url)}{os.sep}"
+        paths = [os.path.abspath(entry.name) for entry in entries]
+        own = [path.startswith(root) and _OF_STORE.match(path.removeprefix(root)) is not None for path in paths]
+        if not any(own):
+            return entries
+        self.say(f"data: {sum(own):,} files below {root} are left out: they are this store's own")
+        left = [entry for entry, out in zip(entries, own, strict=True) if not out]
+        if not left:
+            raise DatasetError(
+                f"data.source {self.spec.source!r} matches files of this store alone ({root}); name those of the corpus"
+            )
+        return left
 
     def _made(self) -> PreparedData:
         corpus = self._read()

@@ -24,7 +24,7 @@ from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data import may_end, vocab_of
 from flows.drive.line import parent_of
-from flows.drive.their_tokenizer import is_token
+from flows.drive.their_tokenizer import id_of, is_token
 from trainer.errors import SpecError
 from trainer.models.hf_config import end_token_ids, read_config
 
@@ -93,8 +93,8 @@ def ends_of(files: Beside, tokenizer: Tokenizer, end: int | None) -> list[int]:
     vocab = vocab_of(tokenizer)
     said = [n for name in TREES[:2] for n in end_token_ids(tree_of(files, name)) if is_token(n, vocab)]
     for name in reversed(TREES[2:]):
-        token = content_of(tree_of(files, name).get("eos_token"))
-        said += [] if token is None or tokenizer.token_to_id(token) is None else [tokenizer.token_to_id(token)]
+        number = id_of(tokenizer, content_of(tree_of(files, name).get("eos_token")))
+        said += [] if number is None else [number]
     found = [n for n in said if (token := tokenizer.id_to_token(n)) is not None and may_end(tokenizer, token)]
     return list(dict.fromkeys(([] if end is None else [end]) + found))
 
@@ -126,10 +126,10 @@ def tokenizer_config_of(files: Beside, tokenizer: Tokenizer, begin: int | None, 
     kept = {key: value for key, value in told.items() if key not in _OF_A_MACHINE and _holds(key, value, tokenizer)}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         if isinstance(kept.get(key), list):
-            kept[key] = [one for one in kept[key] if _has(tokenizer, content_of(one))]
+            kept[key] = [one for one in kept[key] if id_of(tokenizer, content_of(one)) is not None]
     if isinstance(rows := kept.get("added_tokens_decoder"), Mapping):
         kept["added_tokens_decoder"] = {
-            number: row for number, row in rows.items() if str(tokenizer.token_to_id(content_of(row) or "")) == number
+            number: row for number, row in rows.items() if str(id_of(tokenizer, content_of(row))) == number
         }
     if code is not None or kept.get("tokenizer_class") == _GENERIC:
         kept.pop("tokenizer_class", None)
@@ -149,8 +149,4 @@ def content_of(said: Any) -> str | None:
 
 def _holds(key: str, value: Any, tokenizer: Tokenizer) -> bool:
     names_one = key.endswith("_token") and content_of(value) is not None
-    return not names_one or _has(tokenizer, content_of(value))
-
-
-def _has(tokenizer: Tokenizer, token: str | None) -> bool:
-    return token is not None and tokenizer.token_to_id(token) is not None
+    return not names_one or id_of(tokenizer, content_of(value)) is not None

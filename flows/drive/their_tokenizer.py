@@ -121,7 +121,7 @@ def end_of(folder: Path, tokenizer: Tokenizer) -> str | None:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         said = _beside(folder / name).get("eos_token") if (folder / name).is_file() else None
         token = said.get("content") if isinstance(said, Mapping) else said
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+        if isinstance(token, str) and id_of(tokenizer, token) is not None:
             return token
         if said is not None:
             log.warning("%s: eos_token %.100r is passed over: the tokenizer has no such token", folder / name, said)
@@ -141,7 +141,7 @@ def tell_lacking(folder: Path, tokenizer: Tokenizer) -> None:
             rows = tree.get("added_tokens_decoder")
             items = rows.items() if isinstance(rows, Mapping) else ()
             pairs = [(row.get("content"), number) for number, row in items if isinstance(row, Mapping)]
-        lacking = [(t, n) for t, n in pairs if isinstance(t, str) and str(tokenizer.token_to_id(t)) != str(n)]
+        lacking = [(t, n) for t, n in pairs if isinstance(t, str) and str(id_of(tokenizer, t)) != str(n)]
         if lacking:
             log.warning(
                 "%s: %r is token %s there%s, and not of %s, which encodes texts: where the model was trained with it, "
@@ -159,6 +159,14 @@ def _end_ids(folder: Path) -> Iterator[tuple[Path, Any]]:
         if (folder / name).is_file():
             for number in end_token_ids(_beside(folder / name)):
                 yield folder / name, number
+
+
+def id_of(tokenizer: Tokenizer, token: str | None) -> int | None:
+    """The number of a token that a file names, where the tokenizer has it. Half a surrogate pair is in none."""
+    if token is None or any("\ud800" <= letter <= "\udfff" for letter in token):
+        return None
+    found: int | None = tokenizer.token_to_id(token)
+    return found
 
 
 def is_token(number: Any, vocab: int) -> bool:

@@ -27,6 +27,9 @@ TALKS = ("messages", "conversations", "conversation")
 A_TALK = (
     "write a document for each answer, with all before it as its prompt, and name both: data.prompt_field, data.field"
 )
+BESIDE = ("input", "context", "system")
+"""What records of instructions name beside prompt and answer, and the answer depends on."""
+CONVERT = "convert it: iconv -f ENCODING -t UTF-8 (such as WINDOWS-1252, WINDOWS-1251, GB18030, SHIFT-JIS)"
 _HALF = re.compile("[\ud800-\udfff]")
 _TOLD = 3  # places of a kind that are named one by one
 
@@ -154,14 +157,17 @@ class Borne:
 
     def __init__(self) -> None:
         self.bytes = Warnings(
-            "bytes that are no UTF-8 were replaced by U+FFFD; if the file is in another encoding, convert it: iconv -f "
-            "WINDOWS-1252 -t UTF-8"
+            f"bytes that are no UTF-8 were replaced by U+FFFD; if the file is in another encoding, {CONVERT}"
         )
         self.halves = Warnings("half a surrogate pair (\\ud800 to \\udfff) was replaced by U+FFFD")
         self.skipped = Warnings("left out: no text in UTF-8")
+        self.beside = Warnings(
+            f"{' or '.join(map(repr, BESIDE))} beside the prompt is not read, and the answer may depend on it: write "
+            "it into the prompt, or leave it out of the file"
+        )
 
     def of(self) -> tuple[Warnings, ...]:
-        return (self.bytes, self.halves, self.skipped)
+        return (self.bytes, self.halves, self.skipped, self.beside)
 
     def to_map(self) -> list[dict[str, Any]]:
         """What a store can keep: of a name that is no UTF-8 its bytes are written out."""
@@ -171,7 +177,7 @@ class Borne:
         ]
 
     def join(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        for warnings, row in zip(self.of(), rows, strict=True):
+        for warnings, row in zip(self.of(), rows, strict=False):  # a version before has kept fewer
             warnings.join(row["places"], row["count"])
 
     def tell(self) -> None:
@@ -185,6 +191,18 @@ def whole_pairs(text: str, where: Callable[[], str], borne: Borne) -> str:
         borne.halves.add(where)
         return _HALF.sub("\ufffd", text)
     return text
+
+
+def is_talk(value: object) -> bool:
+    """Whether a record's value is a conversation."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, Mapping) and not {"role", "from"}.isdisjoint(first)
+
+
+def look_beside(record: Mapping[str, Any], read: Sequence[str | None], where: Callable[[], str], borne: Borne) -> None:
+    """Tell what stands beside a prompt and the text that answers it (``read``), and is not read."""
+    if any(isinstance(text := record.get(key), str) and text.strip() for key in BESIDE if key not in read):
+        borne.beside.add(where)
 
 
 def no_prompt(where: Callable[[], str], why: str) -> DatasetError:

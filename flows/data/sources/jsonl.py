@@ -11,7 +11,19 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from flows.data.sources.base import A_TALK, TALKS, WHOLE_LETTERS, Borne, Document, Entry, no_prompt, whole_pairs
+from flows.data.sources.base import (
+    A_TALK,
+    CONVERT,
+    TALKS,
+    WHOLE_LETTERS,
+    Borne,
+    Document,
+    Entry,
+    is_talk,
+    look_beside,
+    no_prompt,
+    whole_pairs,
+)
 from flows.data.sources.files import BOM, Opened, chunks_of, is_packed, look_at_files, opened_file
 from flows.data.sources.text import line_at, nul_byte
 from trainer.errors import DatasetError
@@ -44,7 +56,7 @@ class JsonSource:
                 except UnicodeDecodeError as error:
                     raise DatasetError(
                         f"{where()} holds the byte 0x{line[error.start]:02X}, which is no UTF-8, and JSON is: if the "
-                        f"file is in another encoding, convert it: iconv -f WINDOWS-1252 -t UTF-8 {entry.name!r}"
+                        f"file is in another encoding, {CONVERT}"
                     ) from error
                 if text.strip():
                     yield self._document(text, where, borne)
@@ -60,10 +72,14 @@ class JsonSource:
             raise _no_object(where, f"its keys are {keys}{_proposed(value)}" if value else "it is empty", field)
         text = value.pop(field)
         if not isinstance(text, str):
-            raise _no_object(where, f"its {field} is {_kind(text)}", field)
+            talk = f"; a conversation: {A_TALK}" if is_talk(text) else ""
+            raise _no_object(where, f"its {field} is {_kind(text)}{talk}", field)
         if line.count(_written(field)) > 1:
             _once(line, where, field)
-        prompt = None if self._prompt is None else self._prompt_of(value, line, where, borne)
+        prompt = None
+        if self._prompt is not None:
+            prompt = self._prompt_of(value, line, where, borne)
+            look_beside(value, (), where, borne)
         return Document(where, whole_pairs(text, where, borne), value if self._whole else {}, prompt=prompt)
 
     def _prompt_of(self, value: dict[str, Any], line: str, where: _Place, borne: Borne) -> str:

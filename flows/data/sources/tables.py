@@ -11,12 +11,24 @@ import glob
 import io
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qsl
 
-from flows.data.sources.base import A_TALK, TALKS, Borne, Document, Entry, no_prompt, optional_module, whole_pairs
+from flows.data.sources.base import (
+    A_TALK,
+    BESIDE,
+    TALKS,
+    Borne,
+    Document,
+    Entry,
+    look_beside,
+    no_prompt,
+    optional_module,
+    whole_pairs,
+)
 from flows.data.sources.files import GZIP, PACKED, Opened, look_at_files, opened_file, refuse_formats
 from flows.data.sources.objects import is_object
 from trainer.errors import DatasetError, SpecError
@@ -81,13 +93,23 @@ class ParquetSource:
         kind = schema.field(field).type
         if not _is_text(kind):
             texts = [name for name in schema.names if _is_text(schema.field(name).type)]
-            mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else _cast(kind, entry.name)
+            mend = (
+                f"; columns of text are {', '.join(texts[:5])} ({key})"
+                if texts and not _spoken(kind)
+                else _cast(kind, entry.name)
+            )
             raise DatasetError(f"{entry.name}: its column {field!r} is of type {kind}, not of text{mend}")
 
     def _columns(self, table: Any) -> list[str] | None:
         if self._more is None:
             return None
-        return _columns_of(table.schema_arrow.names, self._field, self._prompt, self._more)
+        schema, more = table.schema_arrow, self._more
+        if self._prompt is not None:
+            more = (
+                *more,
+                *(name for name in BESIDE if schema.names.count(name) == 1 and _is_text(schema.field(name).type)),
+            )
+        return _columns_of(schema.names, self._field, self._prompt, more)
 
 
 def _versioned(names: Iterable[str]) -> dict[str, str]:
@@ -131,9 +153,16 @@ def _cast(kind: Any, name: str) -> str:
     types = optional_module("pyarrow.types", "pyarrow", "parquet:")
     if types.is_null(kind):
         return f"; all of it is null: leave {name} out of data.source"
+    if _spoken(kind):
+        return f": it is a conversation, {A_TALK}"
     if types.is_binary(kind) or types.is_large_binary(kind):
         return '; write it as one: table.column(…).cast("string"), by who wrote the file'
     return "; write its texts as a column of their own, or as JSON lines (jsonl:GLOB)"
+
+
+def _spoken(kind: Any) -> bool:
+    """Whether a column's type is that of conversations."""
+    return re.search(r"\b(role|from)\b", str(kind)) is not None
 
 
 def _is_text(kind: Any) -> bool:
@@ -265,6 +294,7 @@ def _rows(
             if not isinstance(prompt, str):
                 raise no_prompt(where, f"its {prompt_field} is {'null' if prompt is None else type(prompt).__name__}")
             prompt = whole_pairs(_lines_of(prompt), where, borne)
+            look_beside(row, (field, prompt_field), where, borne)
         more = {k: v for k, v in row.items() if k not in (field, prompt_field)}
         yield Document(where, whole_pairs(_lines_of(text), where, borne), more, prompt=prompt)
 
@@ -295,6 +325,7 @@ class HubSource:
                 raise DatasetError(_no_column(f"data.source {self._source!r}", field, names, texts, key))
             if field not in texts:
                 mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else "; write its texts as one"
+                mend = f": it is a conversation, {A_TALK}" if _spoken(table.features[field]) else mend
                 raise DatasetError(
                     f"data.source {self._source!r}: its column {field!r} is of type {_kind_of(table, field)}, not of "
                     f"text{mend}"
@@ -315,7 +346,9 @@ class HubSource:
         rows = len(table)
         begin, end = rows * first // entry.size, rows if last < 0 else rows * last // entry.size
         if self._more is not None:
-            table = table.select_columns(_columns_of(table.column_names, self._field, self._prompt, self._more))
+            beside = BESIDE if self._prompt is not None else ()
+            more = (*self._more, *(n for n in beside if n in table.column_names and _kind_of(table, n) in _TEXTS))
+            table = table.select_columns(_columns_of(table.column_names, self._field, self._prompt, more))
         step = max(1, min(_ROWS, _BYTES * rows // entry.size))
         for at in range(begin, end, step):
             with _by_datasets(f"{self._source}, rows {at + 1:,} to {min(at + step, end):,} cannot be read"):

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 
-from flows.data.sources.base import LONG_LETTERS, Borne, Document, Entry
+from flows.data.sources.base import CONVERT, LONG_LETTERS, Borne, Document, Entry
 from flows.data.sources.files import BOM, chunks_of, is_packed, look_at_files, opened_file
 from trainer.errors import DatasetError
 from trainer.spec_fields import shown
@@ -18,6 +18,8 @@ from trainer.spec_fields import shown
 log = logging.getLogger(__name__)
 
 NEWLINE = b"\n"
+MOST_LOST = 3
+"""A file of which more than this part of the characters is no UTF-8 is no text in it."""
 _RECORDS = re.compile(r"\.(jsonl|ndjson|jsonlines)(\.(gz|zst))?$", re.IGNORECASE)
 
 
@@ -63,10 +65,10 @@ def text_document(entry: Entry, borne: Borne) -> Document:
 
 
 def decoded(chunks: Iterator[bytes], name: str, borne: Borne) -> Iterator[str]:
-    """Text of a file's bytes. DatasetError where there is a NUL byte."""
+    """Text of a file's bytes. DatasetError where there is a NUL byte, or where most of it is none."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     ends = io.IncrementalNewlineDecoder(None, translate=True)
-    strict, lines, head = True, 1, b""
+    strict, lines, head, size, lost = True, 1, b"", 0, 0
 
     def text_of(data: bytes, final: bool) -> str:
         nonlocal decoder, strict
@@ -82,15 +84,26 @@ def decoded(chunks: Iterator[bytes], name: str, borne: Borne) -> Iterator[str]:
             strict, decoder = False, codecs.getincrementaldecoder("utf-8")("replace")
             return decoder.decode(whole, final)
 
+    def seen(text: str) -> str:
+        nonlocal size, lost
+        size += len(text)
+        lost += 0 if strict else text.count("\ufffd")
+        return text
+
     for data in chunks:
         if not head:
             head, data = data[:64], data.removeprefix(BOM)
         at = data.find(b"\0")
         if at >= 0:
             raise nul_byte(f"{name}:{lines + data.count(NEWLINE, 0, at)}", head)
-        yield ends.decode(text_of(data, False))
+        yield ends.decode(seen(text_of(data, False)))
         lines += data.count(NEWLINE)
-    yield ends.decode(text_of(b"", True), final=True)
+    yield ends.decode(seen(text_of(b"", True)), final=True)
+    if lost * MOST_LOST > size:
+        raise DatasetError(
+            f"{name} is no text in UTF-8: of {size:,} characters {lost:,} stand for other bytes; if it is text in "
+            f"another encoding, {CONVERT}; else narrow data.source"
+        )
 
 
 def nul_byte(where: str, head: bytes) -> DatasetError:

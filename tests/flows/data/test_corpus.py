@@ -169,6 +169,26 @@ def test_bytes_that_are_no_utf8_in_text_are_replaced_and_told(here: Path, caplog
     assert [line.partition(":")[0] for line in told[3:]] == ["2 more"]
 
 
+@pytest.mark.parametrize("encoding", ["gb18030", "cp1251", "shift-jis"])
+def test_a_text_of_which_most_is_no_utf8_is_refused(here: Path, encoding: str) -> None:
+    word = "\u043c\u043e\u0440\u0435 " if encoding == "cp1251" else "\u6d77\u7684\u8272 "
+    Path("c").mkdir(exist_ok=True)
+    Path("c/a.txt").write_bytes((word * 50).encode(encoding, "ignore"))
+    with pytest.raises(DatasetError, match=r"c/a.txt is no text in UTF-8: of \d+ characters \d+ stand for other bytes"):
+        texts("text:c/*.txt")
+
+
+def test_a_store_in_the_folder_of_its_corpus_is_no_part_of_it(here: Path) -> None:
+    """Or each preparation would make another dataset, and each `train` another run."""
+    Path("a.json").write_text("the quick brown fox " * 20)
+    store, said = open_store((here / "store").as_uri()), list[str]()
+    first, second = (prepare(DataSpec(source="code:.", vocab_size=257), store, say=said.append) for _ in range(2))
+    assert first == second
+    assert any(" files below " in line and "they are this store's own" in line for line in said)
+    with pytest.raises(DatasetError, match="matches files of this store alone"):
+        prepare(DataSpec(source="text:store/data/[0-9a-f]*/tokenizer.json"), store)
+
+
 def test_a_name_that_is_no_utf8_is_told(here: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
     Path(os.fsdecode(b"caf\xe9.txt")).write_bytes(b"caf\xe9 " + WORDS.encode())
     prepare(DataSpec(source="text:*.txt", vocab_size=257), store)
@@ -269,6 +289,7 @@ def test_json_that_is_odd_and_right(
             '{"id": "x1", "conversations": [{"from": "human"}]}',
             "'conversations' is a conversation: .*data.prompt_field, data.field",
         ),
+        ('{"text": [{"role": "user", "content": "a"}]}', "its text is an array; a conversation: write a document for"),
         ("<html>", "Expecting value at column 1; it begins with '<html>'"),
         ("# a comment", "it begins with '# a comment'"),
         ("{'text': 'python'}", "Expecting property name.*this is Python's: write it by json.dumps"),

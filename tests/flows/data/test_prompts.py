@@ -255,3 +255,27 @@ def test_a_mixture_whose_tokens_have_room_prepares_no_part_anew(here: Path, stor
     assert mixed.mix is not None
     assert mixed.mix.parts[0][0] == plain.digest
     assert np.array_equal(mixed.shards[:1], plain.shards)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_an_answer_depends_on_and_nobody_reads_is_told(
+    store: Store, here: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Alpaca's `input`: answers alone, without the text that they are about, would be learned in silence."""
+    rows = [
+        {"instruction": f"Sum up {n}.", "input": "" if n % 2 else "A long story.", "output": "Of a fox."}
+        for n in range(9)
+    ]
+    if kind == "jsonl":
+        fill("a.jsonl", rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "a.parquet")
+    source = f"{kind}:a.{kind}"
+    asked = spec_of(source, field="output", prompt_field="instruction")
+    prepare(asked, store)
+    place = "a.jsonl:1" if kind == "jsonl" else "a.parquet, row 1"
+    assert f"{place}: 'input' or 'context' or 'system' beside the prompt is not read" in caplog.text
+    assert "2 more: 'input' or" in caplog.text
+    caplog.clear()
+    prepare(spec_of(source, field="output", prompt_field="input"), store)
+    assert "beside the prompt" not in caplog.text

@@ -61,6 +61,7 @@ def chat_folder(folder: Path) -> dict[str, Any]:
         "eos_token": ADDED[1],
         "pad_token": ADDED[2],
         "unk_token": "<none>",
+        "mask_token": "\ud800",
         "additional_special_tokens": [ADDED[1], "<none>"],
         "tokenizer_class": "TokenizersBackend",
         "tokenizer_file": "/somewhere/tokenizer.json",
