@@ -130,6 +130,10 @@ _KMS_KEY = (
     "it is about the KMS key that encrypts the object (?kms_key=…, or the bucket's): it must be there and enabled, and "
     "this identity needs kms:GenerateDataKey and kms:Decrypt, by its policy and by the key's"
 )
+_AS_FILES = (
+    "the server keeps objects as files, and an object has the name of a folder that this store needs, or the other way "
+    "round: remove it, or choose another prefix in the address"
+)
 _MEND = {
     "NoSuchBucket": "create the bucket, or correct its name in the address",
     "AccessDenied": _RIGHTS,
@@ -158,6 +162,10 @@ _MEND = {
     "307": _REGION,
     "308": _REGION,
     "401": "the server wants a login that is not S3's: check the endpoint, and AWS_ACCESS_KEY_ID",
+    "ObjectParentIsFile": _AS_FILES,  # versitygw
+    "XMinioParentIsObject": _AS_FILES,
+    "ExistingObjectIsFile": _AS_FILES,  # SeaweedFS
+    "ExistingObjectIsDirectory": _AS_FILES,
     "MethodNotAllowed": "the address does not lead to an S3 bucket",
 }
 

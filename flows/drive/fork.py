@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from checkpoint.amendments import NONE, Amendments
@@ -70,7 +70,17 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
         dataset = load_dataset(store, digest)
     else:
         dataset = dataset_of_child(store, begins, spec)
+    if step is None:
+        begins = replace(begins, found=_held(store, begins, run_name(spec.resolve(dataset), dataset)) or found)
     return begin_child(store, begins, spec, dataset)
+
+
+def _held(store: Store, parent: Parent, child: str) -> CheckpointInfo | None:
+    """What a fork of this name that was killed before its child began had pinned: it goes on from there, though the
+    parent has newer ones by now. Another process may still be at it, so the pin is not moved.
+    """
+    held = parent.state.checkpoint(parent.state.pins.get(f"fork-{child}", 0))
+    return held if held and parent.state.usable(held) and not RunLog(store, child).exists() else None
 
 
 def dataset_of_child(

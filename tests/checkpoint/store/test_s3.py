@@ -269,6 +269,14 @@ def test_the_trainers_identity_cannot_delete(server: S3Server) -> None:
     assert store.get(KEY) == b"x"
 
 
+def test_a_prefix_that_is_an_object_is_told(server: S3Server) -> None:
+    """On a server that keeps objects as files; it was asked again and again, and called one that does not answer."""
+    with server.identity("trainer"):
+        assert open_store(server.url("taken")).create("by", b"another program")
+        with pytest.raises(StoreRefused, match=r"ObjectParentIsFile.*choose another prefix"):
+            open_store(server.url("taken/by")).create(KEY, b"x")
+
+
 def test_wrong_secret_unknown_key_missing_bucket(
     server: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -385,6 +385,9 @@ def test_a_fork_is_listed_once_its_log_says_from_where_it_begins(
         with pytest.raises(KeyboardInterrupt):
             fork_run(store, prepared.run, 1, ["name=child"])
     assert not any(run.startswith("child-") for run in run_names(store))
-    made = fork_run(store, prepared.run, 1, ["name=child"])
+    log.append("checkpoint", point_body(2), log.fold(), epoch=1)
+    made = fork_run(store, prepared.run, None, ["name=child"])  # that of step 1 is pinned for it
     assert made.run in run_names(store)
     assert beginning_of(RunLog(store, made.run).fold()) == StartPoint(None, 1)
+    with pytest.raises(SpecError, match="is there already, a fork of step 1"):  # it has begun: from there alone
+        fork_run(store, prepared.run, None, ["name=child"])
