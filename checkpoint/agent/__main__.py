@@ -57,7 +57,7 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
-def main(argv: list[str] | None = None) -> int:
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m checkpoint.agent", description="The checkpoint agent of a node.")
     parser.add_argument("--store", required=True, help="file:///abs or s3://bucket/prefix")
     parser.add_argument("--run", required=True)
@@ -93,10 +93,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--with-parent", type=int, metavar="PID", help="leave, as on SIGTERM, when this parent ends")
     args = parser.parse_args(argv)
-    if args.with_parent is not None and not _end_with(args.with_parent):
-        return 75
     if not 0 <= args.node < args.nodes:
         parser.error(f"node {args.node} of {args.nodes} nodes: it must be 0 to {args.nodes - 1}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _arguments(argv)
+    if args.with_parent is not None and not _end_with(args.with_parent):
+        return 75
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines(args.run, args.node))

@@ -120,7 +120,9 @@ def doctor(spec: str | None, sets: tuple[str, ...], store: str | None, namespace
 @k8s.command()
 @click.argument("run")
 @click.option("--node", type=int, help="Only this pod's (its index).")
-@click.option("--container", type=click.Choice(["engine", "agent"]), default="engine", show_default=True)
+@click.option(
+    "--container", type=click.Choice(["engine", "agent"]), default="engine", show_default=True, help="Of each pod."
+)
 @click.option("--tail", type=click.IntRange(min=0), default=200, show_default=True, help="Lines of each.")
 @store_option
 @_namespace

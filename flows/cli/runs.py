@@ -352,7 +352,7 @@ def fork(
 @click.command()
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Follow: go on printing new output.")
-@click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Whose output.")
 @click.option("--attempt", type=click.IntRange(min=1), help="Number of the attempt (default: the newest).")
 @click.option("--tail", type=click.IntRange(min=0), metavar="N", help="Only the last N lines.")
 @store_option

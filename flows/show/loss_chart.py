@@ -76,7 +76,7 @@ def _axes(scale: _Scale) -> Iterator[str]:
         yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
     first, last = scale.steps
     for tick in _ticks(first, last, min(10, last - first)):
-        yield f'<text x="{scale.x(tick):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:,.0f}</text>'
+        yield f'<text x="{scale.x(tick):.1f}" y="{HEIGHT - BOTTOM + 21}" text-anchor="middle">{tick:,.0f}</text>'
     yield f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">optimizer step</text>'
     yield f'<text x="{LEFT - 8}" y="12" text-anchor="end">loss</text>'
 

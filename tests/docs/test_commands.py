@@ -165,6 +165,20 @@ def test_the_root_s_help_says_of_a_group_what_the_group_says() -> None:
     assert {name: group.help for name, group in groups.items()} == {name: _COMMANDS[name][1] for name in groups}
 
 
+def test_every_option_says_what_it_is() -> None:
+    def untold(command: click.Command) -> Iterator[str]:
+        yield from (
+            f"{command.name} {option.opts[-1]}"
+            for option in command.params
+            if isinstance(option, click.Option) and not option.hidden and not option.help
+        )
+        for name in command.commands if isinstance(command, click.Group) else ():
+            yield from untold(command.commands[name])
+
+    roots = [found for name in _COMMANDS if (found := subcommand(cli, name)) is not None]
+    assert [line for root in roots for line in untold(root)] == []
+
+
 def test_what_is_not_there_is_found() -> None:
     assert unknown("hotstage train my.toml --set a=1 --gone") == ["--gone"]
     assert unknown("hotstage runs gone --all") == ["gone"]
