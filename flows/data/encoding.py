@@ -6,8 +6,7 @@ What is kept, a part after about a piece's text:
     sample/<piece>          blocks of text to train on: sizes (bytes, u32 each), text
     tokens/<piece>.<part>   tokens of the dataset, masked where it has prompts; held/... of its validation part
     encode/<piece>.<part>   how many: tokens, held; texts (without the ends of documents), unknown,
-                            letters (that are unknown), twice (texts that end with the end token already),
-                            begun (and begin with the begin token)
+                            letters (that are unknown), twice (texts that end with the end token already)
     encode/<piece>          the same of the piece, and parts
 """
 
@@ -33,7 +32,7 @@ SAMPLE_LETTERS = 64 << 20
 """Text that the tokenizer is trained on: all of it up to so much, of more a part that its content chooses."""
 _BATCH_BLOCKS, _BATCH_LETTERS = 4096, 1 << 20
 TRAIN, HELD = 1, 2
-COUNTS = ("texts", "unknown", "letters", "twice", "begun")
+COUNTS = ("texts", "unknown", "letters", "twice")
 
 
 def sample_piece(task: Task, share: float) -> dict[str, Any]:
@@ -148,8 +147,7 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
             row["texts"] += len(ids)
             row["unknown"] += encoded.unknown
             row["letters"] += encoded.letters
-            if encoder.begin is not None and block.begins:
-                row["begun"] += ids[:1] == [encoder.begin]
+            if encoder.begin is not None and block.begins and ids[:1] != [encoder.begin]:  # as rendered chats do
                 ids = [encoder.begin, *ids]
             flat[block.verdict] += ids if block.counts else [token | mask for token in ids]
             if encoder.eot is not None and block.ends:

@@ -470,14 +470,7 @@ class _Preparation:
     def _known_enough(self, rows: Sequence[dict[str, Any]], letters: int) -> None:
         """Refuse a tokenizer that knows nothing of the text, and say where it knows little."""
         given = self.given
-        texts, count, lost, twice, begun = (sum(row.get(key, 0) for row in rows) for key in COUNTS)
-        if begun:
-            log.warning(
-                "%d text(s) of %s begin with data.begin_token already, and another one is put before each: leave it "
-                "out of the texts",
-                begun,
-                self.spec.source,
-            )
+        texts, count, lost, twice = (sum(row.get(key, 0) for row in rows) for key in COUNTS)
         if twice:
             log.warning(
                 "%d text(s) of %s end with the token that ends a document already, and another one is put behind each: "

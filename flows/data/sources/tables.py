@@ -377,8 +377,13 @@ def _by_datasets(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # its own, its file systems', its downloads', of columns that it unpacks: dozens
-        why = " ".join(str(error).split())[:300] or type(error).__name__
+        said = error
+        while str(said).startswith("An error occurred while generating") and isinstance(said.__cause__, Exception):
+            said = said.__cause__  # which says what
+        why = " ".join(str(said).split())[:300] or type(said).__name__
         mend = "; name one of them, hf:…?name=…" if why.startswith("Config name is missing") else ""
+        if "cast" in why.lower():
+            mend = "; its files differ in their columns: jsonl:GLOB and parquet:GLOB read the column of the text alone"
         raise DatasetError(f"{what} by datasets: {why}{mend}") from error
 
 

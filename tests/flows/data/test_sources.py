@@ -287,6 +287,11 @@ def test_hugging_face_datasets(here: Path, small: Callable[[int], None]) -> None
     )
     with pytest.raises(DatasetError, match=r"\['a', 'b'\].*; name one of them, hf:…\?name=…"):
         texts("hf:c/many")
+    Path("c/mixed").mkdir()
+    Path("c/mixed/a.jsonl").write_text('{"text": "a"}\n')
+    Path("c/mixed/b.jsonl").write_text('{"text": "b", "more": 1}\n')
+    with pytest.raises(DatasetError, match=r"Couldn't cast .*; its files differ in their columns: jsonl:GLOB and parq"):
+        texts("hf:c/mixed")
     with pytest.raises(SpecError, match="unknown option 'splits'"):
         texts("hf:c/one?splits=x")
     with pytest.raises(SpecError, match="what save_to_disk wrote has no revision; leave that out"):
