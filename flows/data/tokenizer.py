@@ -390,13 +390,14 @@ def _begin(wanted: str | None, end: str | None, tokenizer: Tokenizer, what: str)
 
 
 def template_begin(tokenizer: Tokenizer) -> list[int]:
-    """The tokens that a tokenizer's own template puts before a text."""
+    """The tokens that a tokenizer's own template puts before a text; none where it lacks one of them."""
     known = (tokenizer.decode([number]) for number in range(tokenizer.get_vocab_size()))
     for text in itertools.chain("a", known):  # one that this tokenizer can encode
         with contextlib.suppress(DatasetError), of_library("", ""):
             bare, whole = (list(tokenizer.encode(text, add_special_tokens=special).ids) for special in (False, True))
             if bare:
-                return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+                found = next((whole[:n] for n in range(len(whole)) if whole[n : n + len(bare)] == bare), [])
+                return [] if any(tokenizer.id_to_token(number) is None for number in found) else found
     return []
 
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from checkpoint.store import Store, open_store
 from flows.data import load_tokenizer, prepare, unseen
+from flows.data.tokenizer import template_begin
 from flows.show.foretell import compile_for
 from tests.support.shards import read_shard
 from trainer.dataset import DatasetRef
@@ -122,6 +123,9 @@ def test_a_token_begins_each_document(here: Path, store: Store) -> None:
         assert dataset.begin == (4 if token else None)
     (here / "3.txt").write_text("<s> a")
     assert tokens(store, prepare(spec, store))[-3:] == [4, 0, 3]
+    tree = json.loads(tokenizer.to_str())
+    tree["post_processor"]["special_tokens"]["<s>"]["ids"] = [99_999]
+    assert template_begin(Tokenizer.from_str(json.dumps(tree))) == [], "it is no token: hotstage import ended with 70"
     for token, why in (("<x>", "'<x>' is no token of"), (EOT, "ends documents of .* already")):
         with pytest.raises(DatasetError, match=rf"data.begin_token .*{why}"):
             given(tokenizer, store, begin_token=token)
