@@ -21,7 +21,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 import botocore.exceptions
 import botocore.parsers
@@ -88,7 +88,7 @@ class S3Store:
         plain = {k: v for k, v in query.items() if v is not None}
         encrypt = {"ServerSideEncryption": sse, "SSEKMSKeyId": kms_key}
         self._encrypt = {name: value for name, value in encrypt.items() if value is not None}
-        self._url = f"s3://{bucket}/{quote(prefix)}".rstrip("/") + (f"?{urlencode(plain, safe=':/')}" if plain else "")
+        self._url = f"s3://{bucket}/{prefix}".rstrip("/") + (f"?{urlencode(plain, safe=':/')}" if plain else "")
         self._read_s, self._rate = read_s, None  # type: float, Rate | None
         self.session = S3Session(
             self._url,

@@ -236,3 +236,12 @@ def test_an_address_that_would_be_read_as_another(url: str, words: str) -> None:
 def test_a_folder_of_the_kernels_own() -> None:
     with pytest.raises(StoreRefused, match=r"/proc takes no folders of people .*; choose another with --store"):
         store_at("/proc/x").create("probe/a", b"x")
+
+
+def test_an_address_in_s3_opens_again_as_it_is() -> None:
+    """As an agent does: a prefix with + = @ was written with escapes, which no prefix may hold."""
+    url = "s3://bucket/a+b=c@d/e?endpoint=http://[::1]:9000&region=eu-west-1&sse=aws:kms&kms_key=alias/team"
+    store = open_store(url)
+    again = open_store(store.url)
+    assert (again.url, store.describe()) == (store.url, store.url)
+    assert store.url.startswith("s3://bucket/a+b=c@d/e?")
