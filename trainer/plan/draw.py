@@ -25,16 +25,20 @@ _DRAWN = 64
 
 
 def _cells(events: Sequence[Span], seconds: float, columns: int) -> str:
-    """One rank's row: every column shows the event that fills most of it; messages and waits stay blank."""
+    """One rank's row: every column shows the event that fills most of it; messages and waits stay blank. A letter is
+    small where several events share its column and waiting is more than half of it.
+    """
     scale = columns / seconds if seconds > 0 else 0.0
     owner: list[Span | None] = [None] * columns
-    share = [0.0] * columns
+    share, busy, shared = [0.0] * columns, [0.0] * columns, [0] * columns
     for event in events:
         if event.kind in ("send", "recv"):
             continue
         first, last = event.start * scale, event.end * scale
         for column in range(int(first), min(columns, int(last) + 1)):
             covered = min(last, column + 1) - max(first, column)
+            busy[column] += covered
+            shared[column] += covered > 0
             if covered > share[column] and (covered >= 0.3 or event.kind in COMPUTE_KINDS):
                 owner[column], share[column] = event, covered
     out: list[str] = []
@@ -51,6 +55,8 @@ def _cells(events: Sequence[Span], seconds: float, columns: int) -> str:
             label = shown.kind if shown.kind in COMPUTE_KINDS else ""
             if label and shown.microbatch is not None and len(f"{label}{shown.microbatch}") <= width:
                 label += str(shown.microbatch)
+            if width == 1 and shared[column] > 1 and busy[column] < 0.5:
+                label = label.lower()
             out.append((label + _FILL[shown.kind] * width)[:width])
         column = end
     return "".join(out)
@@ -77,17 +83,19 @@ def timeline_text(timeline: Timeline, columns: int = 100, replicas: int = 1) -> 
     ranks = ranks if alike else timeline.ranks
     title = f"{timeline.title}: {seconds_text(timeline.seconds)} a step" if timeline.title else "a step"
     lines = [title.ljust(margin + width) + " bubble"]
-    shown = _ends(ranks)
+    shown, drawn = _ends(ranks), ""
     for before, rank in zip([-1, *shown], shown, strict=False):
         if rank > before + 1:
             lines.append(f"        ranks {before + 1} to {rank - 1} are left out here")
+        drawn += row(rank)
         lines.append(f"rank {rank:{digits}d} {row(rank)}")
     if ranks < timeline.ranks:
         others = "the other replica does" if replicas == 2 else f"the {replicas - 1} other replicas do"
         lines.append(f"        ranks {ranks} to {timeline.ranks - 1}: {others} the same at the same time")
     used = {event.kind for event in timeline.events if event.seconds > 0}
     legend = "   ".join(text for kind, text in _LEGEND.items() if kind in used)
-    lines.append(f"        {legend}   blank: waiting")
+    small = "   small letters: mostly waiting" if drawn != drawn.upper() else ""
+    lines.append(f"        {legend}   blank: waiting{small}")
     return "\n".join(lines) + "\n"
 
 

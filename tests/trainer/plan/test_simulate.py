@@ -24,7 +24,7 @@ from trainer.plan.messages import insert_messages
 from trainer.plan.places import Rank
 from trainer.plan.schedules import GENERATORS, gpipe, interleaved, one_f_one_b
 from trainer.plan.simulate import CostModel, Instruction, from_plan, from_rows
-from trainer.plan.timeline import from_chrome, to_chrome
+from trainer.plan.timeline import Span, from_chrome, to_chrome
 from trainer.spec import ModelSpec, parse_spec
 from trainer.spec_how import RecomputeSpec
 
@@ -220,6 +220,20 @@ def test_text_shows_the_schedule() -> None:
         "rank  1 |    F0--B0======F1--B1======        | 33.3%",
         "        F- forward   B= backward   blank: waiting",
     ]
+
+
+def test_text_tells_a_rank_that_mostly_waits_where_many_actions_share_a_column() -> None:
+    """It was drawn as one that works all the time."""
+    events = [
+        Span(Rank(rank), f"{kind}{n}", kind, n + at, n + at + work / 2, n)
+        for rank, work in ((0, 0.2), (1, 0.9))
+        for n in range(200)
+        for kind, at in (("F", 0.0), ("B", 0.5))
+    ]
+    rows = timeline_text(timeline.Timeline(events, 2), 60).splitlines()
+    assert [set(row.split("|")[1]) <= set("fb") for row in rows[1:3]] == [True, False]
+    assert rows[2] == rows[2].replace("b", "B").replace("f", "F")
+    assert rows[3].endswith("small letters: mostly waiting")
 
 
 def test_text_draws_replicas_that_are_alike_once() -> None:
