@@ -214,6 +214,31 @@ def faults(table: Table) -> list[str]:
     return found
 
 
+WORD = re.compile(r"\s*(st|ld)\.global\.[bfsu]32\s+(?:%\w+, )?\[(%\w+)(?:\+(\d+))?\]")
+BRANCH = re.compile(r"\s*(?:@|bra\b|\$L)")
+
+
+def torn(ptx: str) -> list[str]:
+    """The kernels that access 16 bytes of the device's memory as four words where nothing branches between, by their
+    linkers' names: of a struct that is copied the compiler may not see that it is one access, and caches take four
+    times the requests.
+    """
+    found: dict[str, None] = {}
+    kernel, before, words = "", ("", "", 0), 1
+    for line in ptx.splitlines():
+        if m := WORD.match(line):
+            what, base, at = m[1], m[2], int(m[3] or 0)
+            words = words + 1 if (what, base, at - 4) == before else 1
+            before = (what, base, at)
+            if words == 4:
+                found[kernel] = None
+        elif m := re.search(r"\.entry (\w+)", line):
+            kernel, before = m[1], ("", "", 0)
+        elif BRANCH.match(line):
+            before = ("", "", 0)
+    return list(found)
+
+
 def link(home: Path, objects: list[Path]) -> Path:
     """The library, with the CUDA runtime inside and one symbol outside."""
     OUT.mkdir(parents=True, exist_ok=True)
@@ -250,6 +275,11 @@ def look_into(home: Path, library: Path, table: Table) -> list[str]:
     listed = _run([str(home / "bin" / "cuobjdump"), "--list-ptx", str(library)])
     if PORTABLE.replace("compute", "sm") not in listed:
         found.append(f"the library has no PTX of {PORTABLE} for devices that are none of {', '.join(ARCHITECTURES)}")
+    ptx = _run([str(home / "bin" / "cuobjdump"), "--dump-ptx", str(library)])
+    found += [
+        f"{kernel_name(name)} accesses 16 bytes as four words: store, load or put16 of device.h make it one access"
+        for name in torn(ptx)
+    ]
     outside = [line.split()[-1] for line in _run(["nm", "-D", "--defined-only", str(library)]).splitlines()]
     if outside != [SYMBOL]:
         return [*found, f"the library exports {', '.join(outside) or 'nothing'}; it must be {SYMBOL} alone"]

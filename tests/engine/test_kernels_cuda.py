@@ -150,6 +150,21 @@ def test_odd_numbers(kernels: KernelLib, cuda: CudaLib, kernel: str, dtype: int)
             assert x[~nan].tobytes() == y[~nan].tobytes()
 
 
+def test_a_nan_that_is_rounded_keeps_its_sign_and_payload(kernels: KernelLib, cuda: CudaLib) -> None:
+    """Sixteen bytes of bf16 are rounded in pairs, one by one where a NaN is among them; infinity is none."""
+    case = max((case for case in CASES if case.kernel == "cast"), key=lambda case: case.dims[0])
+    call = Call.make(kernels, case, wire.BF16)
+    numbers = call.inputs[1]
+    assert numbers is not None
+    words = numbers.reshape(-1).view(np.uint32)
+    words[::19], words[5::23], words[3::7] = 0xFFC12345, 0x7F80FFFF, 0xFF800000
+    got, want = call.run(cuda, "cuda")[0], call.run(kernels, kernels.sets[-1])[0]
+    assert got is not None
+    assert want is not None
+    assert got.tobytes() == want.tobytes()
+    assert {0xFFC1, 0x7FC0, 0xFF80} <= set(got.view(np.uint16).reshape(-1).tolist())
+
+
 def test_denormal_numbers_of_bf16_products_are_zero(kernels: KernelLib, cuda: CudaLib) -> None:
     """As on CPUs, where sums are about the least normal number; the inner length is odd."""
     rng = np.random.default_rng(13)

@@ -73,6 +73,28 @@ def test_a_spill_fails_the_build_unless_it_is_answered_for(monkeypatch: pytest.M
     assert "no longer spills" in fault
 
 
+TORN = """\
+.visible .entry _Z4zeroPhlb(
+	ld.global.u32 	%r1, [%rd1];
+	ld.global.u32 	%r2, [%rd1+4];
+$L__BB0_2:
+	ld.global.u32 	%r3, [%rd1+8];
+	ld.global.u32 	%r4, [%rd1+12];
+.visible .entry _Z4castIfEv5callsI8narrowedIT_EE(
+	ld.global.v4.f32 	{%f1, %f2, %f3, %f4}, [%rd2];
+	st.global.f32 	[%rd3+16], %f1;
+	st.global.f32 	[%rd3+20], %f2;
+	st.global.f32 	[%rd3+24], %f3;
+	st.global.f32 	[%rd3+28], %f4;
+"""
+
+
+def test_sixteen_bytes_as_four_words_are_found() -> None:
+    (found,) = cuda.torn(TORN)
+    assert kernel_name(found) == "cast<float>"
+    assert cuda.torn(TORN.replace("+20", "+48")) == []
+
+
 def test_where_the_compilers_cannot_be_had_it_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -84,6 +84,31 @@ HS_DEVICE uint32_t bits_of(float x) {
     return __float_as_uint(x);
 }
 
+/* hs_pair: two numbers rounded to bf16, to nearest even, `low` in the low half; NaN becomes 0x7fff.
+ * hs_nan_seen: `seen` with 0x7fff in the halves where pair has a NaN or what is infinite. */
+#ifdef HS_CUDA_EMULATED
+static inline uint32_t hs_pair(float low, float high) {
+    return (uint32_t)__float2bfloat16_rn(high).bits << 16 | __float2bfloat16_rn(low).bits;
+}
+static inline uint32_t hs_nan_seen(uint32_t seen, uint32_t pair) {
+    for (uint32_t half = 0x7fff; half; half <<= 16)
+        if ((pair & half) >= (half & 0x7f807f80u)) seen |= half;
+    return seen;
+}
+#else
+HS_DEVICE uint32_t hs_pair(float low, float high) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+/* nothing times a number is nothing, of either sign */
+HS_DEVICE uint32_t hs_nan_seen(uint32_t seen, uint32_t pair) {
+    uint32_t r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(0), "r"(seen));
+    return r;
+}
+#endif
+
 #ifdef HS_CUDA_EMULATED
 #define HS_ALIGNED16(p) hs_emulated::aligned16(p, hs_emulated::site{__FILE__, __LINE__})
 #else
@@ -104,16 +129,36 @@ HS_DEVICE void unpack(uint4 words, float *x, bf16) {
 HS_DEVICE uint4 packed(const float *x, float) {
     return uint4{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])};
 }
+/* A NaN among them, which is rare, is rounded as narrow does it. */
 HS_DEVICE uint4 packed(const float *x, bf16) {
-    uint32_t w[4];
+    uint32_t w[4], seen = 0;
     for (int i = 0; i < 4; i++) {
-        bf16 low, high;
-        narrow(x[2 * i], &low);
-        narrow(x[2 * i + 1], &high);
-        w[i] = (uint32_t)__bfloat16_as_ushort(high) << 16 | __bfloat16_as_ushort(low);
+        w[i] = hs_pair(x[2 * i], x[2 * i + 1]);
+        seen = hs_nan_seen(seen, w[i]);
     }
+    if (seen & 0x7fff7fffu)
+        for (int i = 0; i < 4; i++) {
+            bf16 low, high;
+            narrow(x[2 * i], &low);
+            narrow(x[2 * i + 1], &high);
+            w[i] = (uint32_t)__bfloat16_as_ushort(high) << 16 | __bfloat16_as_ushort(low);
+        }
     return uint4{w[0], w[1], w[2], w[3]};
 }
+
+/* 16 bytes to the device's memory at p, as one access. A struct's four words become one where the compiler has an
+ * address in sight, else four, each of which takes as many of the cache's writes. */
+#ifdef HS_CUDA_EMULATED
+HS_DEVICE void put16(void *p, uint4 x) {
+    *static_cast<uint4 *>(p) = x;
+}
+#else
+HS_DEVICE void put16(void *p, uint4 x) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                 : "memory");
+}
+#endif
 
 /* N elements from p on, of which `left` are there (the rest reads as 0). wide: p is a multiple of
  * 16 bytes. N is a multiple of pack_of<T>::N. */
@@ -133,6 +178,7 @@ template <int N, typename T> HS_DEVICE lanes<N> load(const T *p, int64_t left, b
     return r;
 }
 
+/* Of the device's memory. */
 template <int N, typename T>
 HS_DEVICE void store(T *p, const lanes<N> &v, int64_t left, bool wide) {
     const int W = pack_of<T>::N;
@@ -140,7 +186,7 @@ HS_DEVICE void store(T *p, const lanes<N> &v, int64_t left, bool wide) {
 #pragma unroll
         for (int i = 0; i < N; i += W) {
             HS_ALIGNED16(p + i);
-            *reinterpret_cast<uint4 *>(p + i) = packed(v.x + i, T());
+            put16(p + i, packed(v.x + i, T()));
         }
     } else {
 #pragma unroll

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(FLAT) sumsq_parts(const __grid_constant__ call
     for (int64_t at = first; at < end; at += SUMSQ_STAGE, turn ^= 1) {
 #pragma unroll
         for (int p = 0; p < SUMSQ_PACKS; p++)
-            store(&stages.x[turn][(p * FLAT + (int)threadIdx.x) * FLAT_F32], v[p], FLAT_F32, true);
+            *reinterpret_cast<uint4 *>(&stages.x[turn][(p * FLAT + (int)threadIdx.x) * FLAT_F32]) =
+                packed(v[p].x, float());
         __syncthreads(); /* and all have added what lay here two stages ago */
         sumsq_fetch(v, x, at + SUMSQ_STAGE, end, wide);
         if (threadIdx.x < LANES)
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(FLAT) zero(const __grid_constant__ calls<zeroe
     const zeroed &c = all.call[call_of_block(all, block)];
     const int64_t at = (block * FLAT + threadIdx.x) * 16;
     if (c.wide && at + 16 <= c.bytes)
-        *reinterpret_cast<uint4 *>(c.dst + at) = uint4{0, 0, 0, 0};
+        put16(c.dst + at, uint4{0, 0, 0, 0});
     else
         for (int64_t i = at; i < min64(at + 16, c.bytes); i++) c.dst[i] = 0;
 }

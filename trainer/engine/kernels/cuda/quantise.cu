@@ -73,7 +73,7 @@ typedef uint4 code_tile[TILE][TILE / 16];
 HS_DEVICE void store16(uint8_t *to, uint4 codes, int64_t left, bool wide) {
     if (wide && left >= 16) {
         HS_ALIGNED16(to);
-        *reinterpret_cast<uint4 *>(to) = codes;
+        put16(to, codes);
         return;
     }
     const uint32_t w[4] = {codes.x, codes.y, codes.z, codes.w};

@@ -72,10 +72,6 @@ static inline float hs_min(float a, float b) {
     if (a != a || b != b) return __uint_as_float(0x7fffffffu);
     return a == b ? (__float_as_uint(a) >> 31 ? a : b) : a < b ? a : b;
 }
-/* Two numbers rounded to bf16, to nearest even, `low` in the low half; NaN becomes 0x7fff. */
-static inline uint32_t hs_pair(float low, float high) {
-    return (uint32_t)__float2bfloat16_rn(high).bits << 16 | __float2bfloat16_rn(low).bits;
-}
 
 #else
 
@@ -151,11 +147,6 @@ HS_DEVICE float hs_max(float a, float b) {
 HS_DEVICE float hs_min(float a, float b) {
     float r;
     asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
-    return r;
-}
-HS_DEVICE uint32_t hs_pair(float low, float high) {
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
 
