@@ -10,15 +10,19 @@ import contextlib
 import ctypes
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from checkpoint.agent.gang import layouts
+from checkpoint.agent.slots import SlotTable
 from checkpoint.amendments import Amendments
+from checkpoint.layout import read_plan
 from tests.e2e import engine_runs
 from tests.engine.engine_build import engine
 from tests.engine.test_rank import Gang, gang, small_plan
@@ -82,6 +86,79 @@ def test_mutated_attempts_are_refused_or_run(gang: Gang, tmp_path: Path, count: 
         ends[code] += 1
     assert ends[78] > count // 2
     assert ends[0] > 0
+
+
+def _noise(dice: random.Random) -> bytes:
+    """A message of an agent to a rank, with numbers that do not fit, half of them changed."""
+    name = dice.choice(["SLOTS", "COMMITTED", "DATA", "ALGORITHMS", "PREPARE", "METRICS"])
+    numbers = {field: dice.choice((0, 1, -1, 17, 65, 2**31, 2**32, 2**62, -(2**62))) for field in "abc"}
+    good = packet(name, 1, dice.randbytes(dice.choice((0, 8, 100, 4000))), rank=0, **numbers)
+    return bytes(mutated(good, dice) if dice.randrange(2) else good)[: wire.MSG_MAX]
+
+
+def _send(peer: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    with contextlib.suppress(OSError):  # it has gone, or turned us away: it comes again
+        socket.send_fds(peer, [data], fds)
+
+
+def _answer(peer: socket.socket, head: wire.Msg, dice: random.Random, slots: Sequence[int]) -> None:
+    """What an agent says to that message, behind up to two that are noise, with descriptors of anything."""
+    for _ in range(dice.choice((0, 0, 0, 1, 2))):
+        with contextlib.ExitStack() as files:
+            made = [os.memfd_create("anything") for _ in range(dice.choice((0, 1, 2, 16, 20)))]
+            for fd in made:
+                files.callback(os.close, fd)
+            _send(peer, _noise(dice), made)
+    if head.type == wire.MSGS["HELLO"]:
+        restore = dice.choice((-1, -1, 0, 5, 2**33))
+        _send(peer, packet("SLOTS", 1, rank=0, a=len(slots), b=restore), slots)
+    elif head.type == wire.MSGS["READY"] and head.c:
+        _send(peer, packet("COMMITTED", 1, rank=0, a=head.b), ())
+
+
+@pytest.mark.slow
+def test_mutated_messages_do_not_bring_a_rank_down(gang: Gang, tmp_path: Path) -> None:
+    """It trains, or ends with a word and a code of the table."""
+
+    def hurry(attempt: wire.Attempt) -> None:
+        attempt.connect_ms = attempt.stall_ms = attempt.commit_ms = 1500
+
+    plan, seed, ends = small_plan(tmp_path, every=1), 9, dict.fromkeys(wire.EXITS, 0)
+    gang.prepare(plan, hurry, ports=[0])
+    layout = read_plan(plan.to_bytes())
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "agent.sock"))
+        listener.listen()
+        for number in range(100):
+            dice = random.Random(seed * 1_000_003 + number)
+            table = SlotTable(layouts(layout, range(1)), layout.digest, layout.what_digest, layout.slots)
+            table.create(0)
+            slots = [slot.fd for slot in table.slots[0]]
+            process, peers = gang.start(0, "--agent", str(tmp_path / "agent.sock")), [listener]
+            while process.poll() is None:
+                for ready in select.select(peers, [], [], 0.02)[0]:
+                    if ready is listener:
+                        peers.append(listener.accept()[0])
+                        continue
+                    try:
+                        data = ready.recv(wire.MSG_MAX)
+                    except OSError:
+                        data = b""
+                    if data:
+                        _answer(ready, wire.Msg.from_buffer_copy(data), dice, slots)
+                    else:
+                        peers.remove(ready)
+                        ready.close()
+            for peer in peers[1:]:
+                peer.close()
+            _, err = process.communicate()
+            assert table.close()
+            code = process.returncode
+            assert code in wire.EXITS, f"round {number} of seed {seed}: {code}\n{err}"
+            assert code != 70, f"round {number} of seed {seed}: {err}"
+            assert code == 0 or err.strip(), f"round {number} of seed {seed}: {code} without a word"
+            ends[code] += 1
+    assert ends[0] > 50
 
 
 class Supervisor:
