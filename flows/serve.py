@@ -41,6 +41,10 @@ EVERY_S = 1.0
 KNOWN_EVERY_S = 5.0
 END_LOOKS, END_TRIES = 4, 12
 END_EVERY_S = 0.3
+ROUND_BUSY_S = 3.0
+"""How long a request of a round is made again where the server is busy: a round that began anew each time might never
+get to the start of a firing.
+"""
 ENTRYPOINT = "flows.flow.train_flow"
 SWEEP = "flows.flow.sweep_flow"
 COLLECT = "flows.flow.collect_flow"
@@ -108,6 +112,7 @@ class Server:
     def _round(self) -> None:
         if self._client is None:
             self._client = Client.connect(None)
+            self._client.patience_s = ROUND_BUSY_S
         client, served = self._client, Deployments(self._client)
         self._ensure_known(client, served)
         if self._known is None:
@@ -245,6 +250,7 @@ class Server:
         """S5. The server's own planner may be at work on the same deployment: it is looked at more than once."""
         if self._client is None or self._known is None or not self.make().schedules:
             return
+        self._client.patience_s = 0.0  # these are made again anyway
         served, looks, problem = Deployments(self._client), 0, None
         for _ in range(END_TRIES):
             try:

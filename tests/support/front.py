@@ -14,12 +14,14 @@ _OWN = ("host", "connection", "accept-encoding")  # what is passed on is read as
 
 
 class Front:
-    """``mode``: "pass", a number (the code of every answer), "hang", or "html" (a gateway's page). ``asked`` counts."""
+    """``mode``: "pass", a number (the code of every answer), "hang", or "html" (a gateway's page). ``asked`` counts; of
+    ``busy_each`` answers one is 503 (0: none).
+    """
 
     def __init__(self, target: str) -> None:
         parts = urlsplit(target)
         self.mode: str | int = "pass"
-        self.asked = 0
+        self.asked = self.busy_each = 0
         self.released = threading.Event()
         front = self
 
@@ -29,7 +31,7 @@ class Front:
             def _any(self) -> None:
                 front.asked += 1
                 body = self.rfile.read(int(self.headers.get("content-length") or 0))
-                mode = front.mode
+                mode = 503 if front.busy_each and front.asked % front.busy_each == 0 else front.mode
                 if mode == "hang":
                     front.released.wait(60)
                     self.close_connection = True

@@ -36,6 +36,7 @@ from flows.recurring.state import schedule_row
 from flows.recurring.when import cron_of
 from flows.serve import COLLECT, ENTRYPOINT, Server
 from tests.flows.conftest import Api, deployment, of, registered
+from tests.support.front import Front
 from tests.support.place import ROOT
 from tests.support.small_checkpoints import RUN, begin, save
 from tests.support.wait import wait_for
@@ -155,6 +156,15 @@ def test_overlap_skip(prefect: Api, there: Client, serve: Any) -> None:
     assert of(prefect, "skips", "CANCELLED")[-1]["state"]["message"].startswith(told)
     one.kill_child()
     one.states_are("Crashed", "Cancelled", "Cancelled")
+
+
+def test_a_server_that_is_busy_now_and_then_starts_what_is_due(front: Front, there: Client, serve: Any) -> None:
+    """As SQLite is under load: each round was begun again at each 503, and came to no firing's start."""
+    with temporary_settings({PREFECT_API_URL: front.api}):
+        one, made = serve("busy")
+    front.busy_each = 3
+    fire(there, made, 1)
+    one.states_are("Pending")
 
 
 @pytest.mark.slow
