@@ -6,6 +6,7 @@ asked for by its ETag. Nothing is held but the chunk in hand.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import zlib
@@ -17,6 +18,9 @@ from flows.data.sources.base import Entry, changed, optional_module, vanished
 from flows.data.sources.objects import is_object, look_at_objects, open_object
 from flows.data.sources.paths import files_of
 from trainer.errors import DatasetError
+from trainer.spec_fields import shown
+
+log = logging.getLogger(__name__)
 
 CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
@@ -83,7 +87,19 @@ def look_at_files(source: str) -> list[Entry]:
     """The files of ``kind:PATTERN``, in the order of their names; the pattern may be of an S3 bucket."""
     if is_object(source.partition(":")[2]):
         return look_at_objects(source)
-    return [entry_of(name) for name in files_of(source)]
+    names = files_of(source)
+    there = set(names)
+    twice = [name for name in names if name.endswith((".gz", ".zst")) and name.rpartition(".")[0] in there]
+    if twice:
+        log.warning(
+            "data.source %s: %d file(s) are there packed and unpacked, such as %s and %s, and both are read: narrow "
+            "the pattern, or remove one",
+            shown(source),
+            len(twice),
+            shown(twice[0].rpartition(".")[0]),
+            shown(twice[0]),
+        )
+    return [entry_of(name) for name in names]
 
 
 def entry_of(name: str) -> Entry:
@@ -216,6 +232,8 @@ def _cut_short(name: str, what: str, at: int) -> DatasetError:
 
 
 def _broken(name: str, what: str, at: int, error: Exception) -> DatasetError:
+    if "ictionary" in str(error):
+        return DatasetError(f"{name} was packed with a dictionary (zstd -D), which is not here; pack it again without")
     return DatasetError(
         f"{name} holds {what} data that do not unpack (after {at:,} bytes of text: {error}); fetch it anew, or leave "
         "it out of data.source"

@@ -89,7 +89,8 @@ class JsonSource:
             raise no_prompt(where, f"it has no {field!r}")
         prompt = value.pop(field)
         if not isinstance(prompt, str):
-            raise no_prompt(where, f"its {field} is {_kind(prompt)}")
+            talk = f"; a conversation: {A_TALK}" if is_talk(prompt) else ""
+            raise no_prompt(where, f"its {field} is {_kind(prompt)}{talk}")
         if line.count(_written(field)) > 1:
             _once(line, where, field)
         return whole_pairs(prompt, where, borne)

@@ -86,7 +86,8 @@ class ParquetSource:
     def _check(self, table: Any, entry: Entry, field: str) -> None:
         schema, key = table.schema_arrow, "data.prompt_field" if field == self._prompt else "data.field"
         if field not in schema.names:
-            texts = [name for name in schema.names if _is_text(schema.field(name).type)]
+            mine = (self._field, self._prompt)
+            texts = [name for name in schema.names if name not in mine and _is_text(schema.field(name).type)]
             raise DatasetError(_no_column(entry.name, field, schema.names, texts, key))
         if schema.names.count(field) > 1:
             raise DatasetError(f"{entry.name} has two columns {field!r}; rename one")
@@ -181,7 +182,7 @@ def _columns_of(names: Sequence[str], field: str, prompt: str | None, more: Sequ
 def _no_column(where: str, field: str, names: Sequence[str], texts: Sequence[str], key: str = "data.field") -> str:
     shown = ", ".join(map(repr, list(names)[:8])) or "none"
     what = "its text" if key == "data.field" else "its prompt"
-    mend = f'name the one of {what}: {key} = "{texts[0]}"' if texts else "none of them is of text"
+    mend = f'name the one of {what}: {key} = "{texts[0]}"' if texts else "no other one is of text"
     talk = next((name for name in names if name in TALKS), None)
     if talk is not None:
         mend = f"{talk!r} is a conversation: {A_TALK}"
@@ -322,7 +323,8 @@ class HubSource:
                 continue
             texts = [name for name in names if _kind_of(table, name) in _TEXTS]
             if field not in names:
-                raise DatasetError(_no_column(f"data.source {self._source!r}", field, names, texts, key))
+                others = [name for name in texts if name not in (self._field, self._prompt)]
+                raise DatasetError(_no_column(f"data.source {self._source!r}", field, names, others, key))
             if field not in texts:
                 mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else "; write its texts as one"
                 mend = f": it is a conversation, {A_TALK}" if _spoken(table.features[field]) else mend

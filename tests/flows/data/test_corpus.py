@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import hashlib
 import json
 import logging
@@ -425,3 +426,23 @@ def test_data_prepare_refuses_what_train_would(place: Place) -> None:
     assert done.code == 78, done.err
     assert "model.vocab 280 is smaller" in done.err
     place.said("data", "prepare", "spec.toml", "--set", "train.sequence=8")
+
+
+def test_files_that_are_there_packed_and_unpacked_are_told(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`gunzip -k` leaves both, and each text would be trained on twice in silence."""
+    Path("c").mkdir(exist_ok=True)
+    for name, data in (("a.txt", b"one"), ("b.txt", b"two"), ("a.txt.gz", gzip.compress(b"one"))):
+        Path("c", name).write_bytes(data)
+    assert sorted(doc.whole() for doc in documents("text:c/*")) == ["one", "one", "two"]
+    assert "1 file(s) are there packed and unpacked, such as 'c/a.txt' and 'c/a.txt.gz', and both are" in caplog.text
+
+
+def test_zstandard_with_a_dictionary_is_named(here: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    samples = [("the quick brown fox jumps over the lazy dog " + str(n) * 7).encode() * 3 for n in range(500)]
+    trained = zstandard.train_dictionary(4096, samples)
+    Path("a.zst").write_bytes(zstandard.ZstdCompressor(dict_data=trained).compress(b"".join(samples)))
+    with pytest.raises(
+        DatasetError, match=r"a.zst was packed with a dictionary \(zstd -D\), .*; pack it again without"
+    ):
+        [doc.whole() for doc in documents("text:a.zst")]

@@ -163,8 +163,8 @@ def test_a_prompt_that_stands_twice(here: Path, store: Store) -> None:
     ("columns", "words"),
     [
         (
-            {"completion": ["a"]},
-            r"c/a.parquet has no column 'prompt'; .* name the one of its prompt: data.prompt_field",
+            {"completion": ["a"], "asked": ["b"]},
+            r"c/a.parquet has no column 'prompt'; .* name the one of its prompt: data.prompt_field = \"asked\"",
         ),
         ({"completion": ["a"], "prompt": [3]}, r"column 'prompt' is of type int64.*\(data.prompt_field\)"),
         ({"completion": ["a", "b"], "prompt": ["x", None]}, r"c/a.parquet, row 2 has no prompt \(its prompt is null\)"),
