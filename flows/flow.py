@@ -141,7 +141,7 @@ def train_flow(
                 prepared = made if fresh or not ordered else place_order(opened, made, order)
             return hosted.drive(prepared, Lines(say, prepared.spec.train.steps, every_s=10.0))
 
-    return ended_as(undisturbed(work))
+    return ended_as(undisturbed(work), opened.url)
 
 
 @flow(name=SWEEP_FLOW, flow_run_name=flow_run_name, log_prints=False, persist_result=False)
@@ -231,14 +231,14 @@ def _printer(name: str) -> Any:
     return write
 
 
-def ended_as(outcome: Outcome | NothingNew) -> dict[str, Any] | State[Any]:
+def ended_as(outcome: Outcome | NothingNew, store: str) -> dict[str, Any] | State[Any]:
     """The flow run's own end: a value or a word (Completed), a Cancelled state, or RunFailed."""
     if isinstance(outcome, NothingNew):
         return Completed(message=str(outcome))
     if outcome.outcome == "gave_up":
-        raise RunFailed(end_message(outcome))
+        raise RunFailed(end_message(outcome, store))
     if outcome.outcome in ("cancelled", "parked", "stopped", "superseded"):
-        return Cancelled(message=end_message(outcome))
+        return Cancelled(message=end_message(outcome, store))
     return asdict(outcome)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from checkpoint.log import AttemptInfo, RunState
 from flows.drive.events import Outcome
 from trainer.failures import FAILURES, Failure
@@ -31,16 +33,17 @@ def attempt_end(state: RunState, number: int) -> tuple[str, str, str, float] | N
     return None
 
 
-def end_message(outcome: Outcome) -> str:
-    """How a run ended, in a line."""
+def end_message(outcome: Outcome, store: str) -> str:
+    """How a run ended, in a line; what goes on with it names the store, which others who read the page do not know."""
     if outcome.outcome == "succeeded":
         return f"run {outcome.run} succeeded: step {outcome.step}, state digest {outcome.state_digest}"
     if outcome.outcome == "gave_up":
-        return f"run {outcome.run} gave up: {outcome.reason}{_no_retry(outcome)}"
+        return f"run {outcome.run} gave up: {outcome.reason}{_no_retry(outcome, store)}"
     said = f"run {outcome.run} was {outcome.outcome} at step {outcome.step}: {outcome.reason}"
-    return said + (_no_retry(outcome) if outcome.outcome == "cancelled" else "")
+    return said + (_no_retry(outcome, store) if outcome.outcome == "cancelled" else "")
 
 
-def _no_retry(outcome: Outcome) -> str:
+def _no_retry(outcome: Outcome, store: str) -> str:
     """The page has a button that does nothing for a run that has ended."""
-    return f"; Retry trains nothing here: `hotstage runs resume {outcome.run}` goes on with it"
+    again = f"hotstage runs resume {outcome.run} --store {shlex.quote(store)}"
+    return f"; Retry trains nothing here: `{again}` goes on with it"

@@ -515,7 +515,7 @@ class Page:
             self._client.set_state(self.flow_run, "CRASHED", "Crashed", self._failed)
             return
         kind, word = END_STATES[self._outcome.outcome]
-        self._client.set_state(self.flow_run, kind, word, end_message(self._outcome))
+        self._client.set_state(self.flow_run, kind, word, end_message(self._outcome, self.store.url))
 
 
 def task_id(flow_run: str, key: str) -> UUID:

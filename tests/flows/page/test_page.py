@@ -188,8 +188,8 @@ def test_a_run_that_is_parked_ends_its_flow_run(prefect: Api, store: Store) -> N
 
 def test_what_the_page_s_retry_would_not_do_is_told_with_the_end() -> None:
     for outcome, told in (("gave_up", True), ("cancelled", True), ("parked", False), ("stopped", False)):
-        said = end_message(Outcome("a-1", outcome, "why", 3, None, 1, 75))
-        assert ("Retry trains nothing here: `hotstage runs resume a-1`" in said) == told, said
+        said = end_message(Outcome("a-1", outcome, "why", 3, None, 1, 75), "file:///a b")
+        assert ("Retry trains nothing here: `hotstage runs resume a-1 --store 'file:///a b'`" in said) == told, said
 
 
 def test_a_server_that_comes_late_is_told_all(prefect: Api, store: Store) -> None:
