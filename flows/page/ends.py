@@ -23,7 +23,9 @@ def attempt_end(state: RunState, number: int) -> tuple[str, str, str, float] | N
     """The last state of the attempt of this number, as (type, name, message, Unix seconds); None: it goes on."""
     if number < len(state.attempts):
         after: AttemptInfo = state.attempts[number]
-        cause = after.body.get("cause") or {}
+        cause = after.body.get("cause")
+        if not cause:  # it was left for an order, another layout, or to give room back
+            return "CANCELLED", "Cancelled", after.reason, after.time
         cls = Failure.read(cause.get("class"))
         crashed = cls is None or FAILURES[cls].from_outside
         kind, word = ("CRASHED", "Crashed") if crashed else ("FAILED", "Failed")
