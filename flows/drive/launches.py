@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from checkpoint.log import AttemptInfo, RunState
@@ -47,9 +47,11 @@ def next_launch(state: RunState, prepared: Prepared) -> str:
     return f"{prepared.run}-{prepared.spec.launch.target[0]}{len(launches) + 1}"
 
 
-def placed(nodes: list[NodeView], view: LaunchView) -> list[NodeView]:
-    """The nodes with the names of their machines, where the launcher knows them."""
-    places = {n.node: n.place for n in view.nodes}
+def placed(nodes: list[NodeView], view: LaunchView, before: Sequence[NodeView]) -> list[NodeView]:
+    """The nodes with the names of their machines, where the launcher knows them. While it does not answer, as they were
+    ``before``, in the last look at this launch: a failure then is that machine's all the same.
+    """
+    places = {n.node: n.place for n in (before if view.state == "unknown" else view.nodes)}
     return [replace(n, place=places.get(n.node, "")) for n in nodes]
 
 

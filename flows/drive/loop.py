@@ -231,10 +231,11 @@ class Driver:
         launch_id = choose_launch(log_view, state, self.prepared, self.launcher, view)
         if view is None or newest is None or launch_id != newest.launch:
             view = self.launcher.observe(launch_id)
+        before = was.nodes if was is not None else ()
         if self._status is None or self._status.launch != launch_id:
-            self._status = StatusReader(self.store, self.prepared.run, launch_id, self._watched)
+            self._status, before = StatusReader(self.store, self.prepared.run, launch_id, self._watched), ()
         launch = self._launch(log_view, launch_id)
-        nodes = placed(self._status.poll(self.prepared.nodes, alive_nodes(view)), view)
+        nodes = placed(self._status.poll(self.prepared.nodes, alive_nodes(view)), view, before)
         self._tell(state, nodes, steps=tell_steps)  # not before the first decision: what to do comes first
         seen = self._seen = Look(
             now_s=self._watched(),

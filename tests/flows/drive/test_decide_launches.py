@@ -8,9 +8,11 @@ import pytest
 
 from flows.drive.decide import judge as decide
 from flows.drive.history import struck
+from flows.drive.launches import placed
 from flows.drive.views import Cause, End, LogView, NodeView, Phase, Policy, RankView, StartAttempt, Watch
 from tests.flows.drive.decisions import LOST, POLICY, attempt, ended, layout, log, running, started
 from trainer.failures import Failure
+from trainer.launch import LaunchView
 
 
 def test_a_lost_launch_is_left_and_the_next_attempt_takes_a_new_one() -> None:
@@ -100,6 +102,14 @@ def test_a_sick_machine_is_left_out_at_once_and_not_tried_for_ever() -> None:
     assert isinstance(again, End)
     assert again.outcome == "gave_up"
     assert again.reason.endswith("; twice, and there is no other machine")
+
+
+def test_a_machine_is_sick_also_where_the_cluster_does_not_answer_just_then() -> None:
+    """It was named in the look before; unnamed, it was used again at once, and the run gave up."""
+    before = [replace(n, place=place) for n, place in zip(running(), ("a", "b"), strict=False)]
+    silent = LaunchView("l", "unknown", detail="the cluster does not answer")
+    assert [n.place for n in placed(list(running()), silent, before)] == [n.place for n in before]
+    assert {n.place for n in placed(list(running()), LaunchView("l", "absent"), before)} == {""}
 
 
 def test_a_stall_is_of_the_machine_that_is_waited_for() -> None:

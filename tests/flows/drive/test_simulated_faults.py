@@ -13,7 +13,14 @@ from tests.support.simulated.faults import CLASSES, Faults
 from tests.support.simulated.mistakes import MISTAKES, unwatched_time_counts
 from tests.support.simulated.world import World
 
-QUICK = ("silence is failure", "unknown is gone", "old words count", "no epoch fence", "once is enough")
+QUICK = (
+    "silence is failure",
+    "unknown is gone",
+    "old words count",
+    "no epoch fence",
+    "once is enough",
+    "sick machines are used again",
+)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,13 @@ class World:
                 since_then = [s for s in mine if s.at >= self.saved_at - 2 * model.UPLOAD_S]  # one that was under way
                 return "" if len(since_then) > 1 else "it was the first since progress"
             case Again.ONCE_A_PLACE:
-                return "" if sum(s.place == last.place for s in mine) > 1 else "it was the first of that machine"
+                there = [s.epoch for s in mine if s.place == last.place]
+                if len(there) < 2:
+                    return "it was the first of that machine"
+                used = any(
+                    last.place in (a.body.get("pardon") or ()) for a in self.state.attempts if a.epoch > there[0]
+                )
+                return "" if used else "nothing was tried on other machines"
             case Again.SAME_STEP:
                 same = sum(s.step == last.step for s in mine)
                 return "" if last.lasting or same > 1 else "it would not come again"
