@@ -9,6 +9,7 @@ import keyword
 import logging
 import math
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -170,7 +171,20 @@ class SpecFile(click.Path):
 
 
 step_option = click.option("--step", type=int, help="Step of the checkpoint (default: the newest).")
-store_option = click.option("--store", metavar="URL", help="Folder, file:///… or s3://… (default: HOTSTAGE_STORE).")
+
+
+def _store_asked(_context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    _names_store[0] = value or ""
+    return value
+
+
+_names_store = [""]  # the store that this command was given: what it says to type next names it too
+store_option = click.option(
+    "--store",
+    metavar="URL",
+    callback=_store_asked,
+    help="Folder, file:///… or s3://… (default: HOTSTAGE_STORE).",
+)
 
 
 def _json_asked(_context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
@@ -198,6 +212,27 @@ def with_store(store: str | None, out: str = OUT) -> str:
     """What a command that is printed for a person needs to find the same store, and the same folder of ``--out``."""
     folder = f" --out {shlex.quote(out)}" if out != OUT else ""
     return (f" --store {shlex.quote(store)}" if store else "") + folder
+
+
+_NEXT = re.compile(
+    r"\b(hotstage (?:train|logs|replay|evaluate|generate|chat|data prepare|(?:ckpt|runs) [a-z]+) )"
+    r"(RUN|SPEC|[a-z0-9][a-z0-9-]*-[0-9a-f]{6,}(?:-[a-z0-9-]+)?)(?![\w@.-])(?![^`;\n]* --store )"
+)
+"""A command in a text of a package below, which knows neither ``--store`` nor, now and then, the run."""
+
+
+def to_type(text: str, run: str = "") -> str:
+    """A text whose commands can be typed as they stand: with this command's store, and with the run where one is known.
+
+    >>> to_type("`hotstage runs resume RUN --set limits.device_hours=…` goes on", "small-0a1b2c")
+    '`hotstage runs resume small-0a1b2c --set limits.device_hours=…` goes on'
+    """
+
+    def whole(match: re.Match[str]) -> str:
+        name = run if run and match[2] == "RUN" else match[2]
+        return match[1] + name + with_store(_names_store[0])
+
+    return _NEXT.sub(whole, text) if "hotstage " in text else text
 
 
 def of_spec(spec: str, sets: Sequence[str], store: str | None) -> str:
@@ -231,6 +266,7 @@ def say(text: str) -> None:
 
 def complain(text: str, **more: Any) -> None:
     """A line on stderr: of JSON where the command was asked for JSON."""
+    text = to_type(text)
     line = {"event": "error", "text": text, **more}
     terminal.tell(json.dumps(line, ensure_ascii=False) if _speaks_json[0] else text)
 
@@ -285,7 +321,7 @@ def _lack(error: BaseException) -> str | None:
 
 def exit_code_of(arguments: list[str] | None) -> int:
     """Run the command: exceptions of the packages become a message and an exit code."""
-    _speaks_json[0] = False
+    _speaks_json[0], _names_store[0] = False, ""
     from checkpoint.errors import CheckpointError, Damaged
     from trainer.errors import TrainerError
 

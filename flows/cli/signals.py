@@ -126,7 +126,7 @@ class Signals:
     def _second(self) -> None:
         leave(
             128 + self._asked[1],
-            f"leaving at once: {self._goes_on()}; the same command, or `hotstage runs resume`, attaches",
+            f"leaving at once: {self._goes_on()}; the same command, or `hotstage runs resume RUN`, attaches",
             self.say,
         )
 

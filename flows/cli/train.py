@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flows.cli.main import EXIT_CODES, SpecFile, complain, json_option, out_option, set_option, store_option, with_store
+from flows.cli.main import (
+    EXIT_CODES,
+    SpecFile,
+    complain,
+    json_option,
+    out_option,
+    set_option,
+    store_option,
+    to_type,
+    with_store,
+)
 from flows.cli.signals import Signals
 from flows.cli.voice import Voice
 
@@ -73,7 +83,7 @@ def host(
     finally:
         voice.quiet()
     if outcome.outcome == "gave_up":
-        mend = mend_of(outcome.cls).replace("RUN", outcome.run + with_store(store))
+        mend = to_type(mend_of(outcome.cls), outcome.run)
         if as_json:
             complain(f"hotstage: run {outcome.run} gave up: {outcome.reason}", mend=mend, exit_code=outcome.exit_code)
         else:

@@ -10,12 +10,15 @@ import contextlib
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.cli.main import to_type
+
 if TYPE_CHECKING:
-    from flows.drive.events import Sink
+    from flows.drive.events import Event, Sink
     from flows.drive.run import Prepared
     from flows.show.live_view import LiveView
 
@@ -25,6 +28,7 @@ class Voice:
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+        self._run = ""
         self._view: LiveView | None = None
         self._lock = threading.Lock()
 
@@ -37,6 +41,7 @@ class Voice:
         self._out(text, err=True)
 
     def _out(self, text: str, err: bool) -> None:
+        text = to_type(text, self._run)
         with self._lock:
             if self.as_json:
                 from flows.show.lines import json_line
@@ -51,6 +56,10 @@ class Voice:
 
     def sink(self, prepared: Prepared, every_s: float = 1.0) -> Sink:
         """What the driver tells its events; at a terminal the live view begins now."""
+        self._run = prepared.run
+        return ToType(self._shown(prepared, every_s), prepared.run)
+
+    def _shown(self, prepared: Prepared, every_s: float) -> Sink:
         from flows.show.lines import JsonLines, Lines, Meter
         from flows.show.live_view import LiveView, wanted
         from flows.show.peak import measured_peak
@@ -91,5 +100,20 @@ class Voice:
         """The result, as the last and only line of stdout."""
         from flows.show.lines import json_line
 
-        click.echo(json_line(value))
+        said = {key: to_type(item, self._run) if isinstance(item, str) else item for key, item in value.items()}
+        click.echo(json_line(said))
         sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class ToType:
+    """The commands in what the driver tells, as a person can type them."""
+
+    sink: Sink
+    run: str
+
+    def tell(self, event: Event) -> None:
+        if event.kind != "step":
+            facts = {k: to_type(v, self.run) if isinstance(v, str) else v for k, v in event.facts.items()}
+            event = replace(event, facts=facts)
+        self.sink.tell(event)

@@ -123,7 +123,7 @@ def _rated(
     if not 0.0 < factor <= 1.0:
         raise SpecError(
             f"--lr-scale {factor:g}: an order lowers the rate; take a number above 0 and at most 1 (1: as the schedule "
-            "says). A higher rate is another run: hotstage runs fork RUN --set train.optimizer.lr=…"
+            f"says). A higher rate is another run: hotstage runs fork {line.state.run} --set train.optimizer.lr=…"
         )
     step = start.step + 1 if since is None else since
     if step <= start.step:

@@ -336,7 +336,7 @@ def load_spec_of(
         order = orders.get(key[-1])
         raise SpecError(
             f"--set {text} changes what is trained, and a run's What is fixed; start another run from a checkpoint: "
-            f"hotstage runs fork {run} --step N --set {text}" + (f"; or, {order}" if order else "")
+            f"hotstage runs fork {run} --step N --set {shlex.quote(text)}" + (f"; or, {order}" if order else "")
         )
     tree = spec_tree(what, run.rsplit("-", 1)[0][:40] if "-" in run else run, how)
     return parse_spec(tree, sets, origin=run), load_dataset(store, what["data"]["digest"])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,9 +184,10 @@ class Run:
         if not self._done.is_set():
             log.warning(
                 "this program ends, and run %s has not: nobody drives it from here on. Call wait() or result() of what "
-                "flows.train gave, to stay until its end; `hotstage runs resume %s` goes on",
+                "flows.train gave, to stay until its end; `hotstage runs resume %s --store %s` goes on",
                 self.name,
                 self.name,
+                shlex.quote(self.store.url),
             )
 
     def cancel(self, reason: str = "cancelled by the user") -> None:

@@ -97,7 +97,7 @@ class Lines:
                 because = f"because {cause['text']}" if cause else facts.get("gave_way", "")
                 self.say(f"attempt {facts['number']}: {where}" + (f"; {because}" if because else ""))
             case "known" if facts["ended"]:
-                opens = "" if facts["ended"] == "succeeded" else "; `hotstage runs resume` opens it again"
+                opens = "" if facts["ended"] == "succeeded" else "; `hotstage runs resume RUN` opens it again"
                 self.say(f"this run had ended before ({facts['ended'].replace('_', ' ')}): nothing is trained{opens}")
             case "known":
                 self.say(

@@ -12,7 +12,7 @@ import pytest
 from checkpoint.errors import Damaged
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
-from flows.cli.main import exit_code_of
+from flows.cli.main import _names_store, exit_code_of, to_type
 from flows.drive.run import find_run
 from tests.flows.conftest import Trained
 from tests.support.calls import outcome
@@ -84,7 +84,7 @@ def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path, caplog: pytest.L
     ([], 2, "say what to order"),
     (["--skip", "3-4"], 78, "has read the batches up to 60; go back before them (--rollback-to 0)"),
     (["--rollback-to", "9"], 78, "no usable checkpoint of that step; it can go back to 0, 4, "),
-    (["--lr-scale", "2", "--rollback-to", "4"], 78, "A higher rate is another run: hotstage runs fork RUN --set"),
+    (["--lr-scale", "2", "--rollback-to", "4"], 78, "A higher rate is another run: hotstage runs fork "),
     (["--steps", "90"], 78, "the cosine's rate is 0 from step 60 on"),
     (["--set", "train.steps=90"], 78, "or, to end it at another step, --steps N"),
     (["--set", "train.lr=3"], 78, "or, to lower its rate, --lr-scale FACTOR"),
@@ -139,7 +139,7 @@ def test_damage_is_told_with_what_to_do(copy: Copy, tmp_path: Path) -> None:
         path = Path(copy.url.removeprefix("file://")) / info.key
         path.write_bytes(bytes(path.stat().st_size))
     said = copy("ckpt", "export", "-o", str(tmp_path / "out"), code=76)
-    assert "are not what was saved; `hotstage ckpt verify RUN` names all" in said
+    assert f"are not what was saved; `hotstage ckpt verify RUN --store {copy.url}` names all" in said
 
 
 def test_a_step_that_is_not_there_is_told_with_some_that_are(copy: Copy) -> None:
@@ -166,3 +166,28 @@ def test_an_order_is_told_and_repeated_it_is_none(copy: Copy) -> None:
     assert "(left: the run went on from an earlier step)" in copy("runs", "show")
     assert json.loads(copy("ckpt", "show", "--json"))["step"] == late
     assert "batches 50, 52-53 are skipped already" in copy("runs", "order", "--skip", "50-53", code=78)
+
+
+def test_what_is_to_be_typed_next_names_the_store(copy: Copy) -> None:
+    """Also where the words come from a package that knows neither the store nor quotes."""
+    refused = copy("runs", "order", "--set", "train.optimizer.weight_decay=0.2", code=78)
+    asked = f"hotstage runs fork {copy.run} --store {copy.url} --step N --set train.optimizer.weight_decay=0.2"
+    assert asked in refused
+    rate = copy("runs", "order", "--lr-scale", "2", code=78)
+    assert f"hotstage runs fork {copy.run} --store {copy.url} --set train.optimizer.lr=…" in rate
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("`hotstage ckpt verify RUN` names it", "`hotstage ckpt verify a-0a1b2c --store 's t'` names it"),
+        ("hotstage data prepare SPEC --again", "hotstage data prepare SPEC --store 's t' --again"),
+        ("hotstage logs a-0a1b2c-2 -f", "hotstage logs a-0a1b2c-2 --store 's t' -f"),
+        ("`hotstage runs resume a-0a1b2c --store x --out y`", "`hotstage runs resume a-0a1b2c --store x --out y`"),
+        ("hotstage runs resume, or hotstage reconcile", "hotstage runs resume, or hotstage reconcile"),
+        ("hotstage k8s doctor; hotstage runs ls says it", "hotstage k8s doctor; hotstage runs ls says it"),
+    ],
+)
+def test_commands_in_texts(text: str, said: str) -> None:
+    _names_store[0] = "s t"  # each command sets its own
+    assert to_type(text, "a-0a1b2c") == said

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from checkpoint.store import open_store
-from flows.cli.voice import Voice
+from flows.cli.voice import ToType, Voice
 from flows.drive.begin import prepare_run
 from flows.drive.events import Event
 from flows.drive.loop import CALM_SHARE, POLL_MOST_S, calm_pause_s
@@ -214,8 +214,9 @@ def test_a_run_is_shown_without_mfu_where_the_yardstick_cannot_be_measured(
     for thread in threading.enumerate():
         if thread.name == "yardstick":
             thread.join()
-    assert isinstance(shown, Lines)
-    assert shown.meter.mfu is None  # and no thread raised: pytest is told to fail then
+    assert isinstance(shown, ToType)
+    assert isinstance(shown.sink, Lines)
+    assert shown.sink.meter.mfu is None  # and no thread raised: pytest is told to fail then
 
 
 def test_help_loads_nothing_heavy() -> None:
