@@ -278,8 +278,14 @@ POD_REASONS: Mapping[str, Failure] = {
 }
 CANNOT_RUN = ("StartError", "ContainerCannotRun")
 """Reasons of a container whose image is no engine."""
-TURNED_AWAY = ("OutOfcpu", "OutOfmemory", "OutOfpods", "UnexpectedAdmissionError", "NodeAffinity",
-               "TopologyAffinityError")  # fmt: skip
+TURNED_AWAY = (
+    "OutOfcpu",
+    "OutOfmemory",
+    "OutOfpods",
+    "UnexpectedAdmissionError",
+    "NodeAffinity",
+    "TopologyAffinityError",
+)
 """Reasons of a pod that its machine did not take."""
 FAIL_JOB_CODES = tuple(sorted(code for code in EXITS if of_code(code) is not Failure.DONE))
 """Exit codes of the engine's container that the Job's podFailurePolicy names, so that its condition tells them: the Job

@@ -362,11 +362,9 @@ class _Preparation:
     # --- what is made of it -----------------------------------------------------------------------------------
 
     def _make(self, corpus: _Corpus) -> PreparedData:
-        letters = sum(corpus.letters.values())
-        self.say(
-            f"data: {sum(corpus.documents.values()):,} documents, {letters / 1e6:.1f} MB of text from "
-            f"{self.spec.source}"
-        )
+        letters, many = sum(corpus.letters.values()), sum(corpus.documents.values())
+        size = f"{letters / 1e6:,.1f} MB" if letters >= 1e6 else f"{letters / 1e3:.1f} kB"
+        self.say(f"data: {many:,} document{'s' * (many != 1)}, {size} of text from {self.spec.source}")
         tokenizer = self._tokenizer(corpus)
         encoder = encoder_of(self.job)
         rows: list[dict[str, Any]] = []
