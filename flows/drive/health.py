@@ -7,7 +7,8 @@ and then for an explosion of the loss alone. What a run does at first is the mea
   explosion    the loss was above the usual for so many steps in a row (`IN_A_ROW`)
   spike        it was once
   gradient     the gradient's norm was many times the usual
-  slow         tokens a second were below `SLOW` of the usual for so many steps; over where they are above `FAST` again
+  slow         tokens a second were below `SLOW` of the usual for so many steps, of `RATED_US` at least; over where they
+               are above `FAST` again
   straggler    a stage computes longer than the plan says, beside the others; over when it does not
   repeated     the data are read a second time from their beginning
 """
@@ -30,6 +31,8 @@ SIGMAS, LOSS_SHARE = 10.0, 0.1
 """A loss is out of line where it is so many times the usual deviation, and this part of the usual loss, above it."""
 NORM_TIMES = 10.0
 SLOW, FAST = 0.7, 0.85
+RATED_US = 500_000
+"""Shorter steps are rated together, until they are so long: a few milliseconds say more of the system's scheduler."""
 STRAGGLES, KEEPS_UP = 1.5, 1.25
 LEAST_BUSY_US = 20_000
 """Computing that is shorter in a step says more of the system's scheduler than of a stage."""
@@ -71,7 +74,8 @@ class Health:
     _first: int = 0
     _past: deque[tuple[int, float, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))  # step, loss, norm
     _rates: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    _newest: deque[float] = field(default_factory=lambda: deque(maxlen=IN_A_ROW))  # tokens a second
+    _newest: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=IN_A_ROW))  # step, tokens a second
+    _short: list[tuple[int, float, float]] = field(default_factory=list)  # step, its time, tokens: rated together
     _busy: deque[tuple[float, ...]] = field(default_factory=lambda: deque(maxlen=LEAST))
     _high: list[int] = field(default_factory=list)  # steps in a row whose loss was out of line
     _lasting: set[str] = field(default_factory=set)
@@ -102,7 +106,7 @@ class Health:
         if measured and not self._high:
             self._past.append((step, float(line["loss"]), float(line["grad_norm"])))
         if step >= self._first + WARM_UP:
-            found += self._rate(step, float(line.get("tokens_per_s") or 0.0))
+            found += self._rate(step, float(line.get("tokens_per_s") or 0.0), float(line.get("step_us") or RATED_US))
             found += self._straggler(step, line.get("busy"))
         return found + self._repeated(step)
 
@@ -110,7 +114,7 @@ class Health:
         """An attempt: what an older one did from this step on is not the run's; times are its own."""
         self._epoch, self._first, self._high, self._explosion = epoch, step, [], None
         self._past = deque((p for p in self._past if p[0] < step), maxlen=WINDOW)
-        for times in (self._rates, self._newest, self._busy):
+        for times in (self._rates, self._newest, self._short, self._busy):
             times.clear()
         self._lasting.clear()
         self._told = {kind: at for kind, at in self._told.items() if at < step}
@@ -152,20 +156,27 @@ class Health:
         self._told[kind] = step
         return True
 
-    def _rate(self, step: int, rate: float) -> list[Symptom]:
+    def _rate(self, step: int, rate: float, time_us: float) -> list[Symptom]:
         if rate <= 0.0:
             return []
-        self._newest.append(rate)
-        now, slow = median(self._newest), "slow" in self._lasting
+        self._short.append((step, time_us, rate * time_us))
+        first, took = self._short[0][0], sum(us for _, us, _ in self._short)
+        if took < RATED_US:
+            return []
+        rate = sum(tokens for _, _, tokens in self._short) / took
+        self._short.clear()
+        self._newest.append((first, rate))
+        now, slow = median(r for _, r in self._newest), "slow" in self._lasting
         usual = median(self._rates) if self._rates else now
         if not slow and rate >= SLOW * usual:
             self._rates.append(rate)
         if len(self._newest) < IN_A_ROW or len(self._rates) < LEAST:
             return []
-        if not slow and max(self._newest) < SLOW * usual:
+        if not slow and max(r for _, r in self._newest) < SLOW * usual:
             self._lasting.add("slow")
-            text = f"{now:,.0f} tokens a second since step {step - IN_A_ROW + 1}, where {usual:,.0f} are usual"
-            return [Symptom("slow", self._epoch, step - IN_A_ROW + 1, step, now, usual, text)]
+            first = self._newest[0][0]
+            text = f"{now:,.0f} tokens a second since step {first}, where {usual:,.0f} are usual"
+            return [Symptom("slow", self._epoch, first, step, now, usual, text)]
         if slow and now >= FAST * usual:
             self._lasting.discard("slow")
             text = f"{now:,.0f} tokens a second again"

@@ -134,6 +134,15 @@ def test_a_throughput_that_drops_and_comes_back() -> None:
     assert seen(health, *quiet(121, 180, epoch=2, rate=2e3)) == []
 
 
+def test_short_steps_are_rated_together() -> None:
+    """Of steps of 10 ms a tenth of a second without a processor is nothing, 4 s are."""
+    health, hiccup, slow = Health(), {"rate": 1e3, "step_us": 10_000.0}, {"rate": 5e3, "step_us": 10_000.0}
+    lines = [line(n, step_us=10_000.0) if n % 100 > 9 else line(n, **hiccup) for n in range(1, 2000)]
+    assert seen(health, *lines) == []
+    (drop,) = seen(health, *(line(2000 + n, **slow) for n in range(500)))
+    assert (drop.kind, drop.step, drop.last, drop.value) == ("slow", 2005, 2404, 5e3)
+
+
 def test_a_stage_that_is_slower_than_its_share() -> None:
     health = Health(shares=(1.0, 2.0, 1.0))
     assert seen(health, *quiet(1, 80, busy=[30_000, 60_000, 31_000])) == []
