@@ -33,7 +33,7 @@ from k8s.views import EventView, JobView, PodView, event_view, job_view, pod_vie
 from k8s.watch import PACE, ObjectWatcher, Sight, WatchedApi, WatchPace
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
-from trainer.launch import Finding, Launch, LaunchView
+from trainer.launch import Finding, Launch, LaunchView, nothing
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class KubernetesLauncher:
             known.view_of = made_of
         return known.view
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
         eyes = self._look(launch_id)
         listed = self._api.get(JOBS.path(self._namespace), {"labelSelector": f"{LAUNCH}={label_value(launch_id)}"})
         uids = set()
@@ -192,6 +192,7 @@ class KubernetesLauncher:
                 log.info("Job %s is deleted", job.name)
             except (Missing, Exists):
                 continue  # gone, or another by now
+        asked()
         deadline = self._clock() + grace_s
         while self._clock() < deadline:
             if not any(p.job_uid in uids for p in eyes.pods.sight().objects.values()):

@@ -13,7 +13,7 @@ Who calls, in order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -95,6 +95,10 @@ class LaunchView:
     note: str = ""
 
 
+def nothing() -> None:
+    """What a launcher calls where nobody wants to know."""
+
+
 class Launcher(Protocol):
     """What the driver needs of a place where nodes run. Errors are LaunchError: LaunchUnknown where it does not answer
     now, LaunchRefused where it says no. ``observe`` never raises for a place that does not answer.
@@ -109,8 +113,11 @@ class Launcher(Protocol):
     def observe(self, launch_id: str) -> LaunchView:
         """What runs now."""
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
-        """End the launch: ask, wait at most ``grace_s`` for snapshots to be saved, then kill. Idempotent."""
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
+        """End the launch: ask, wait at most ``grace_s`` for snapshots to be saved, then kill. Idempotent.
+
+        ``asked`` is called once it was asked, before anything is waited for: from then on it ends without this process.
+        """
 
 
 @runtime_checkable

@@ -42,7 +42,7 @@ from trainer import wire
 from trainer.engine_path import cuda_environment, ready_engine
 from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
-from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
+from trainer.launch import Finding, Launch, LaunchedNode, LaunchView, nothing
 from trainer.priority import session_nice, set_session_nice
 from trainer.wire.files import create_file
 
@@ -266,10 +266,10 @@ class LocalLauncher:
         )
         return LaunchView(launch_id, state, nodes, note=note if state != "done" else "")
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
         folder, _ = self._find(launch_id)
         if folder is None:
-            return
+            return asked()
         nodes = [folder / f"node{node}" for node in range(_nodes(folder))]
         for node in nodes:
             if node.is_dir() and not (node / "done").exists():
@@ -282,11 +282,11 @@ class LocalLauncher:
                         node,
                         error.strerror,
                     )
-        self._end(nodes, grace_s)
+        self._end(nodes, grace_s, asked)
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _end(self, nodes: Sequence[Path], grace_s: float) -> None:
+    def _end(self, nodes: Sequence[Path], grace_s: float, asked: Callable[[], None] = nothing) -> None:
         """Their processes; who looks after the nodes may start them again."""
         deadline = self._clock() + grace_s
         if grace_s > 0:
@@ -295,7 +295,11 @@ class LocalLauncher:
                 marks = self._marks(nodes, which)
                 for mark in marks:
                     _signal(mark, signal.SIGTERM)
+                if which == "supervisor":
+                    asked()
                 self._await(marks, deadline)
+        else:
+            asked()
         for which in ("supervisor", "agent"):
             marks = self._marks(nodes, which)
             for mark in marks:

@@ -28,6 +28,10 @@ T = TypeVar("T")
 
 EXIT_STOPPED = 85
 SECOND_S = 1.0
+BURST_S = 0.2
+"""Signals of one kind that come closer than this are one: timeout(1) sends its own to the command and to its group."""
+ASKED_S = 10.0
+"""For the gang to be asked, once it was to be stopped, before a command that is to leave at once does."""
 _LOOK_S = 0.1
 _SHOW_CURSOR = b"\x1b[?25h"
 _STOPPING = "stopping: the gang saves one agreed step and leaves"
@@ -40,24 +44,32 @@ _PREPARING = "stopped while preparing: nothing runs, nothing is lost; the same c
 class Signals:
     """From ``__init__`` on signals are taken; the work is done in a thread, so that they are heard whatever it does.
 
-    ``stop`` is what the work should look at once it drives a run; ``driving`` is what it calls before that.
+    ``stop`` is what the work should look at once it drives a run; ``driving`` is what it calls before that, and
+    ``gang_asked`` is what it sets when what it drives has been asked to save and leave (of a ``sweep`` never).
     """
 
-    def __init__(self, say: Callable[[str], None] = terminal.tell) -> None:
-        self.say = say
+    def __init__(self, say: Callable[[str], None] = terminal.tell, *, sweep: bool = False) -> None:
+        self.say, self._sweep = say, sweep
         self.stop = threading.Event()
         self._lock = threading.Lock()
         self._driving = False
         self.detaches = False  # whether the gang that is driven trains on when its driver is stopped
         self.where = "in the cluster"  # it does so then
+        self.gang_asked = threading.Event()
         self._asked: list[int] = []
+        self._asked_at = 0.0
         for number in heard():
             signal.signal(number, self._on_signal)
         if sys.stdout.isatty() and signal.getsignal(signal.SIGTSTP) is not signal.SIG_IGN:
             signal.signal(signal.SIGTSTP, _pause)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        once = number != signal.SIGINT or not sys.stdin.isatty()  # a person may be quick
+        if once and self._asked[-1:] == [number] and now - self._asked_at < BURST_S:
+            return
         self._asked.append(number)
+        self._asked_at = now
 
     def driving(self, detaches: bool) -> bool:
         """From here on a run is driven. False where the command is leaving: do not begin.
@@ -120,8 +132,13 @@ class Signals:
             leave(EXIT_STOPPED, _PREPARING, self.say)
 
     def _goes_on(self) -> str:
-        saves = self.stop.is_set() and not self.detaches
-        return "the gang saves its state and ends by itself" if saves else "the run goes on by itself"
+        if self.detaches or not self.stop.is_set():
+            return "the run goes on by itself"
+        if self._sweep:
+            return "runs that were asked to stop save and end by themselves, others go on"
+        if self.gang_asked.wait(ASKED_S):
+            return "the gang saves its state and ends by itself"
+        return "the run goes on by itself: it could not be asked to stop"
 
     def _second(self) -> None:
         leave(

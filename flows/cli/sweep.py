@@ -89,7 +89,7 @@ def sweep(
     points = points_of(grid, listed, needed=True)
     run_spec, opened = load_spec(spec, sets), store_at(store)
     tell: Callable[[str], None] = (lambda _: None) if as_json else say
-    signals = Signals(tell)
+    signals = Signals(tell, sweep=True)
     prefect = Prefect(say=tell)
 
     def work() -> list[SweepRow]:

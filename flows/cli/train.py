@@ -146,10 +146,14 @@ def _drive(
 
 @dataclass
 class Reach:
-    """Tells the signals whether the gang trains on without this command: one that works elsewhere does."""
+    """Tells the signals whether the gang trains on without this command: one that works elsewhere does, and one
+    that was not asked to stop.
+    """
 
     signals: Signals
 
     def tell(self, event: Event) -> None:
         if event.kind == "phase" and event.facts.get("phase") in ("elsewhere", "here"):
             self.signals.detaches, self.signals.where = event.facts["phase"] == "elsewhere", "where it works"
+        if event.kind == "phase" and event.facts.get("phase") == "stopping":
+            self.signals.gang_asked.set()

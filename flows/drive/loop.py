@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from checkpoint.codec import short
@@ -409,9 +410,11 @@ class Driver:
         if detach:
             self._teller.phase("detached", DETACHED.format(run=self.prepared.run))
             return self._teller.outcome(state, "stopped", left_running=True)
-        self._teller.phase("stopping", "saving one agreed step, then leaving")
+        told = partial(self._teller.phase, "stopping", "saving one agreed step, then leaving")
         if newest is not None:
-            self.launcher.stop(newest.launch, self.prepared.spec.checkpoint.commit_s)
+            self.launcher.stop(newest.launch, self.prepared.spec.checkpoint.commit_s, told)
+        else:
+            told()
         asked_at = state.n if self._asked_at is None else self._asked_at
         now, unsure = threading.Event(), ""
         now.set()

@@ -202,6 +202,41 @@ def test_ctrl_backslash_leaves_and_says_what_goes_on(driving: bool, told: str) -
     assert told in done.stderr
 
 
+TWICE = """
+import os, signal, threading
+from flows.cli import signals as of
+of.BURST_S = {burst}
+signals = of.Signals()
+
+def work():
+    signals.driving(detaches=False)
+    os.kill(os.getpid(), signal.SIGTERM)
+    signals.stop.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(0.5)  # the command looks five times
+    print("asked", flush=True)
+    signals.gang_asked.set()
+    threading.Event().wait({saving})
+
+signals.run(work)
+"""
+
+
+def test_one_signal_that_comes_twice_is_one() -> None:
+    """timeout(1) sends its own to the command, then to its group: the command left at once, and its gang trained on."""
+    command = [sys.executable, "-c", TWICE.format(burst=60, saving=0.5)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr.count("leaving at once")) == (0, "asked\n", 0), done.stderr
+
+
+def test_a_command_that_leaves_at_once_has_had_its_gang_asked() -> None:
+    """It said that the gang saves and ends, and had not asked it yet: the gang trained on with nobody to drive it."""
+    command = [sys.executable, "-c", TWICE.format(burst=0, saving=None)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "asked\n"), done.stderr
+    assert "leaving at once: the gang saves its state and ends by itself" in done.stderr
+
+
 PAUSES = """
 import os, signal, threading
 from flows.cli.signals import Signals

@@ -20,7 +20,7 @@ from flows.drive.loop import Driver
 from flows.drive.run import Prepared
 from tests.checkpoint.samples import point_body
 from tests.flows.drive.test_orders import Nodes
-from trainer.launch import Launch, LaunchedNode, LaunchView
+from trainer.launch import Launch, LaunchedNode, LaunchView, nothing
 from trainer.spec import RunSpec
 
 
@@ -74,8 +74,9 @@ class Stopping(Nodes):
         super().__init__()
         self.stopped: list[str] = []
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
         self.stopped.append(launch_id)
+        asked()
 
 
 class Beside(Nodes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flows.drive.run import Prepared, attempt_body, fold_view, load_run, under
 from flows.drive.views import Restore, StartAttempt
 from flows.show.facts import details, report_facts
 from trainer.errors import PlanError
-from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
+from trainer.launch import Finding, Launch, LaunchedNode, LaunchView, nothing
 from trainer.spec import how_map, parse_spec
 from trainer.spec_layouts import other_hows
 from trainer.wire import PLAN_PLAIN
@@ -53,8 +54,9 @@ class Cluster:
     def observe(self, launch_id: str) -> LaunchView:
         return self.views.get(launch_id, LaunchView(launch_id, "absent"))
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
         self.stopped.append(launch_id)
+        asked()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from tests.flows.conftest import Trained
 from tests.support.place import LEARNT, Place, finish
 from tests.support.wait import wait_for
 from trainer.errors import SpecError
-from trainer.launch import Launch, LaunchView
+from trainer.launch import Launch, LaunchView, nothing
 from trainer.plan import compile_plan
 from trainer.spec import RunSpec, how_map, parse_spec
 from trainer.spec_layouts import same_layout
@@ -111,8 +112,8 @@ class Nodes:
     def observe(self, launch_id: str) -> LaunchView:
         return LaunchView(launch_id, "running" if any(x.launch_id == launch_id for x in self.ensured) else "absent")
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
-        return None
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
+        asked()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from flows.drive.reconcile import AGAIN_S, ENDED_A_LOOK, IDLE_A_LOOK, NAMES_A_LO
 from flows.drive.run import Prepared, attempt_body
 from tests.support.wait import wait_for
 from trainer.errors import LaunchRefused
-from trainer.launch import Launch, LaunchView
+from trainer.launch import Launch, LaunchView, nothing
 from trainer.spec import parse_spec
 
 RUNS = 100
@@ -58,8 +58,8 @@ class Cluster:
             raise self.error
         return LaunchView(launch_id, "absent" if self.left else "waiting", detail="no machine fits")
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
-        return None
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
+        asked()
 
     def close(self) -> None:
         self.closed = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from flows.drive.loop import Driver
 from flows.drive.run import Prepared, attempt_body
 from flows.drive.train import make_driver
 from flows.show.facts import report_facts, summary
-from trainer.launch import Launch, LaunchView
+from trainer.launch import Launch, LaunchView, nothing
 from trainer.spec import parse_spec
 
 ATTEMPTS, OBJECTS = 300, 10_000
@@ -113,7 +113,7 @@ class Nowhere:
     def observe(self, launch_id: str) -> LaunchView:
         return LaunchView(launch_id, "absent")
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
         raise Decided
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ What it hears of steps is the world's (`Lines`): hints, some of which are lost.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from flows.drive.train import launch_for
 from tests.support.protocol.gate import Gate
 from tests.support.protocol.hub import Process
 from trainer.failures import Failure
-from trainer.launch import Finding, Launch, LaunchedNode, LaunchView
+from trainer.launch import Finding, Launch, LaunchedNode, LaunchView, nothing
 
 if TYPE_CHECKING:
     from tests.support.protocol.world import Host, World
@@ -101,12 +102,13 @@ class Launcher:
             return LaunchView(launch_id, "done", nodes)
         return LaunchView(launch_id, "running" if all(up) else "partial" if some else "gone", nodes)
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
         hosts = self._hosts(launch_id, twins=True)
         for host in hosts:
             host.left = host.left or "stopped"
             if grace_s:
                 host.terminate()
+        asked()
         until = self._hub.now + grace_s
         while self._hub.now < until and any(host.processes() for host in hosts):
             self._hub.sleep(1.0)

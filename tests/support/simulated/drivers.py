@@ -19,7 +19,7 @@ from flows.drive.train import launch_for
 from tests.support.protocol.hub import Process
 from tests.support.simulated import model
 from trainer.errors import LaunchUnknown
-from trainer.launch import Launch, LaunchView
+from trainer.launch import Launch, LaunchView, nothing
 
 if TYPE_CHECKING:
     from tests.support.simulated.world import World
@@ -216,8 +216,9 @@ class SeenCluster:
         if launch.launch_id not in self.world.launches:
             self._ask(lambda: self.world.ensure(launch.launch_id, launch.nodes, launch.avoid))
 
-    def stop(self, launch_id: str, grace_s: float) -> None:
+    def stop(self, launch_id: str, grace_s: float, asked: Callable[[], None] = nothing) -> None:
         self._ask(lambda: self.world.stop(launch_id))
+        asked()
 
     def observe(self, launch_id: str) -> LaunchView:
         if self._away:
