@@ -2,7 +2,8 @@
 
     CheckpointError
       StoreError                the store did not do what was asked; nothing was lost
-        StoreUnavailable        wait and try again (time-outs, 5xx, a full disk)              exit 75
+        StoreUnavailable        wait and try again (time-outs, 5xx)                           exit 75
+          StoreFull             a full disk, a quota: a person frees space, training goes on
           CredentialsExpired    the session token is past its end: renewed, the same call works; training goes on
         StoreRefused            a person must mend it (rights, address, a store without create-if-absent)   exit 78
           CredentialsRefused    the server does not take these credentials: at the start wrong, later on rotated
@@ -42,6 +43,10 @@ class StoreUnavailable(StoreError):
 
     exit_code = 75
     word = "other"
+
+
+class StoreFull(StoreUnavailable):
+    """There is no room: nobody who has something to say can say it through the store."""
 
 
 class CredentialsExpired(StoreUnavailable):

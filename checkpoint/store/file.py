@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from checkpoint.errors import Damaged, NotFound, StoreError, StoreRefused, StoreUnavailable
+from checkpoint.errors import Damaged, NotFound, StoreError, StoreFull, StoreRefused, StoreUnavailable
 from checkpoint.store.base import (
     FREE,
     HASHED_BYTES,
@@ -73,11 +73,11 @@ def translate(error: OSError, what: str, root: Path) -> StoreError:
         return StoreUnavailable(f"{what}: the file store {root}: {text}")
     if code in _FULL:
         if code == errno.ENOSPC and _has_no_inodes(root):
-            return StoreUnavailable(
+            return StoreFull(
                 f"{what}: the file system of {root} has space, but takes no more files ({text}: all its inodes are in "
                 "use, df -i); nothing that was there is lost: remove files there and it goes on"
             )
-        return StoreUnavailable(
+        return StoreFull(
             f"{what}: the file store {root} is full or over its quota ({text}); "
             "nothing that was there is lost: free space and it goes on"
         )

@@ -31,6 +31,7 @@ from checkpoint.errors import (
     Damaged,
     NotFound,
     StoreError,
+    StoreFull,
     StoreRefused,
     StoreUnavailable,
 )
@@ -261,7 +262,7 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
             return CredentialsRefused(f"{said}: {_MEND.get(code, 'check the credentials')}")
         writes = error.operation_name.startswith(("Put", "Upload", "Create", "Complete"))
         if _CAP.search(text) or (writes and (_FULL.search(code) or _FULL.search(text))):
-            return StoreUnavailable(
+            return StoreFull(
                 f"{said}: the store is full, or over its quota or cap; nothing that was there is lost: free space, or "
                 "raise the limit, and it goes on"
             )

@@ -21,7 +21,6 @@ msgpack map, written every `BEAT_S`, and when its driver leaves in order:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import socket
@@ -34,7 +33,7 @@ from typing import Any, cast
 
 from checkpoint import codec, keys
 from checkpoint.claims import boot_id, of_this_machine, process_space, seen_from_here
-from checkpoint.errors import Damaged, NotFound, StoreError
+from checkpoint.errors import Damaged, NotFound, StoreError, StoreFull
 from checkpoint.store import Store
 from trainer.local_launch import ProcessMark
 
@@ -143,6 +142,8 @@ class Driving:
     """Its page on Prefect: the server's API and the flow run, as soon as there is one."""
     clock: Callable[[], float] = time.monotonic
     told: DriverNote = field(init=False)
+    full: str = ""
+    """Why its last word was not taken, where the store has no room: what others have to say comes from nobody then."""
     _at: float | None = None
     _first: int | None = None  # how many records it knew at its first beat
     _began: float = field(default_factory=time.time)
@@ -181,8 +182,14 @@ class Driving:
 
     def _write(self, told: DriverNote) -> None:
         self.told = replace(told, seq=self.told.seq + 1, at=time.time())
-        with contextlib.suppress(StoreError):
+        full = ""
+        try:
             self.store.put(keys.driver_key(self.run, self.told.token), self.told.to_bytes())
+        except StoreFull as error:
+            full = str(error)
+        except StoreError:
+            pass
+        self.full = full
 
 
 @dataclass(frozen=True)

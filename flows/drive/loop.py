@@ -207,6 +207,8 @@ class Driver:
                 self._teller.phase("warning", text, key=("tracker", text))
         if self.driving is not None:
             self.driving.beat(state.n)
+            if self.driving.full:
+                self._teller.silence("warning", self.driving.full, "store", "full")
         if self._view is None or self._view[0] is not state:
             self.prepared = followed(self.store, state, self.prepared, self._teller.phase)
             self._layouts = layouts_of(self.prepared, state)

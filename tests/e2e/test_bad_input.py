@@ -49,7 +49,7 @@ def train(place: Place, *sets: str) -> Done:
             ["train.batch=30000000", "train.microbatch=1"],
             ["30000000 microbatches", "limit is 65536", "microbatch = 480"],
         ),
-        (["train.batch=2147483646", "train.microbatch=2147483645"], ["microbatch 2147483645", "= 1073741823"]),
+        (["train.batch=2147483646", "train.microbatch=1048573"], ["microbatch 1048573", "= 1015839"]),
         (["train.sequence=100000"], ["train.sequence 100000", "context 64"]),
         (["checkpoint.every=-1"], ["checkpoint.every -1", "at least 0"]),
         (["model.family=gpt9"], ["gpt9", "gpt2"]),
@@ -316,7 +316,9 @@ def test_a_work_folder_whose_disk_is_full(place: Place) -> None:
 
 
 def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, undisturbed: tuple[str, str]) -> None:
-    """Training goes on; the terminal says why nothing is saved; with room again the same attempt ends well."""
+    """Training goes on; the terminal says why nothing is saved; with room again the same attempt ends well. Full to the
+    last byte: no agent can say what it lacks, and nothing at all was said then.
+    """
     _, digest = undisturbed
     small = place.folder / "small"
     with mounted(small, "size=8m") as remount:
@@ -324,14 +326,13 @@ def test_a_store_that_fills_up_costs_checkpoints_and_nothing_else(place: Place, 
         process = place.start_train()
         try:
             with caught(place.folder, lambda: list(small.glob("runs/*/manifests/*/manifest")), "a checkpoint"):
-                filled(small / "rest", 16)  # not by checkpoints: how many there are depends on the machine
+                filled(small / "rest", 0)  # not by checkpoints: how many there are depends on the machine
             said = b""
             assert process.stderr is not None
             while b"is full" not in said:
                 line = process.stderr.readline()
                 assert line, said.decode()
                 said += line
-            assert b"warning: node 0: the checkpoint of step" in said
             assert b"free space and it goes on" in said
             remount("size=256m")
             done = finish(process)
