@@ -29,6 +29,8 @@ from flows.cli.watch import watch
 if TYPE_CHECKING:
     from flows.drive.amend import Wish
 
+CHECKPOINTS_SHOWN = 20
+
 
 @click.group()
 def runs() -> None:
@@ -205,9 +207,11 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         if attempt["layout"] != layout:
             layout = attempt["layout"]
             say(f"{'':>14}{layout}" + (", because of no room for more" if attempt["fallback"] else ""))
-    for checkpoint in told["checkpoints"]:
-        if checkpoint["given_up"]:
-            continue
+    kept = sorted((c for c in told["checkpoints"] if not c["given_up"]), key=lambda c: (c["attempt"], c["step"]))
+    if len(kept) > CHECKPOINTS_SHOWN:
+        more = f"hotstage ckpt ls {told['run']}{with_store(store)}"
+        say(f"  {len(kept) - CHECKPOINTS_SHOWN:,} older: {more}")
+    for checkpoint in kept[-CHECKPOINTS_SHOWN:]:
         flag = "" if checkpoint["usable"] else "  (not usable)"
         flag += "  (left: the run went on from an earlier step)" if checkpoint["left"] else ""
         say(

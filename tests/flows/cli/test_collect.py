@@ -68,6 +68,21 @@ def test_what_a_person_sees_of_a_pass(store: Store, capsys: pytest.CaptureFixtur
     assert listed.splitlines()[-1] == "and 2 that the rules of the run gave up"
 
 
+def test_a_run_shows_its_newest_checkpoints_in_order(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commits of short steps come in any order, and a run may have thousands."""
+    monkeypatch.setattr("flows.cli.runs.CHECKPOINTS_SHOWN", 2)
+    log = made(store, steps=0)
+    state = log.fold()
+    for step in 20, 10, 30:
+        state = save(store, log, state, step)
+    assert exit_code_of(["runs", "show", RUN, "--store", store.url]) == 0
+    text = capsys.readouterr().out
+    assert f"  1 older: hotstage ckpt ls {RUN} --store {store.url}" in text
+    assert re.findall(r"checkpoint at step +(\d+)", text) == ["20", "30"]
+
+
 def test_rules_of_the_command_line_and_of_nobody(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     log = made(store, how=HOW)
     assert "keeps every checkpoint (checkpoint.keep is not set)" in said(capsys, "gc", RUN)
