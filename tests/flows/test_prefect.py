@@ -78,7 +78,7 @@ def test_a_run_is_a_completed_flow_run_with_its_artifacts(prefect: Api, hosted: 
     wait_for(
         lambda: [row["state_type"] for row in prefect.task_runs(flow_run["id"])] == ["COMPLETED"] * 3,
         "the tasks",
-        20,
+        60,
         0.1,
     )  # the server records task runs a moment after it was told
     tasks = {row["name"]: row for row in prefect.task_runs(flow_run["id"])}
