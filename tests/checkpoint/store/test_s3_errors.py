@@ -20,6 +20,7 @@ from checkpoint.errors import (
     CredentialsRefused,
     Damaged,
     NotFound,
+    StoreFull,
     StoreRefused,
     StoreUnavailable,
 )
@@ -105,7 +106,7 @@ def test_what_the_sdk_raises_inside_a_call_comes_out_as_ours(peer: HostileS3) ->
         (520, "520", StoreUnavailable),
         (413, "413", StoreRefused),
         (400, "400", StoreRefused),
-        (507, "InsufficientStorage", StoreUnavailable),
+        (507, "InsufficientStorage", StoreFull),
         (301, "PermanentRedirect", StoreRefused),
         (400, "InvalidArgument", StoreRefused),
     ],

@@ -95,7 +95,7 @@ def test_a_new_run_that_this_machine_has_no_memory_for_is_refused_before_it_is_t
 ) -> None:
     store, before = ground[0], sorted(run_names(ground[0]))
     tree = named(ground, "huge").model_dump(mode="json")
-    tree["model"] |= {"width": 1 << 18, "heads": 64, "hidden": None, "layers": 4}
+    tree["model"] |= {"width": 1 << 18, "heads": 512, "hidden": None, "layers": 4}
     tree["parallel"] |= {"device": "cpu"}
     with pytest.raises(PlanError, match=r"the plan needs [\d.]+ TiB of memory, and .* are free .* checkpoint.slots=2"):
         prepare_run(parse_spec(tree), store)
