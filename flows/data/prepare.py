@@ -20,7 +20,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -73,9 +72,6 @@ _SETTLED_S = 2.0
 """A file that changed less than that ago may change again without another time: it is not known by its looks."""
 _NO_INPUT = ("tokenizer", "piece_mib", "shuffled", "block", "window", "packing", "cache_gib", "mix")
 """Keys that say nothing of what is made, or of which a digest says more."""
-_OF_STORE = re.compile(
-    "(data/([0-9a-f]{64}|inputs|seen|work)|index|runs/[^/]+/(chunks|folds|live|log|manifests|plans))/"
-)
 Say = Callable[[str], None]
 
 
@@ -211,7 +207,7 @@ class _Preparation:
             return entries
         root = f"{folder_of(self.store.url)}{os.sep}"
         paths = [os.path.abspath(entry.name) for entry in entries]
-        own = [path.startswith(root) and _OF_STORE.match(path.removeprefix(root)) is not None for path in paths]
+        own = [path.startswith(root) and keys.is_of_store(path.removeprefix(root)) for path in paths]
         if not any(own):
             return entries
         self.say(f"data: {sum(own):,} files below {root} are left out: they are this store's own")

@@ -105,9 +105,9 @@ def ids_of(files: Beside, tokenizer: Tokenizer, begin: int | None, ends: list[in
     end = ends[0] if ends else None
     theirs = {**tree_of(files, TREES[0]), **tree_of(files, TREES[1])}
     ids: dict[str, Any] = {"bos_token_id": begin, "eos_token_id": ends if ends[1:] else end, "pad_token_id": None}
+    special = tokenizer.get_added_tokens_decoder()
     for key in ("bos_token_id", "pad_token_id"):
         number = theirs.get(key)
-        special = tokenizer.get_added_tokens_decoder()
         if ids[key] is None:
             ids[key] = number if is_token(number, vocab_of(tokenizer)) and number in special else end
     return ids
