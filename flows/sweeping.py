@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from checkpoint.store import Store
 from flows.data import prepare
 from flows.drive.begin import data_of, prepare_run
-from flows.drive.events import Outcome
+from flows.drive.events import NoSink, Outcome, Sink
 from flows.drive.orders import Asked, place_order
 from flows.drive.run import ready_store
 from flows.drive.train import cancel
@@ -33,12 +35,14 @@ def drive_sweep(
     say: Callable[[str], None] = lambda _: None,
     stop: threading.Event | None = None,
     no_more: threading.Event | None = None,
+    drives: Callable[[str], AbstractContextManager[Sink]] = lambda _: contextlib.nullcontext(NoSink()),
     tell: Callable[[Sequence[SweepRow]], None] = lambda _: None,
     patience_s: float = END_PATIENCE_S,
 ) -> list[SweepRow]:
     """The sweep to its end. ``connect``: how a run's page reaches Prefect; None: without. ``tell`` hears the rows as
-    they change. After ``stop`` the runs save and leave, after ``no_more`` none begins. SpecError before anything begins
-    where a point is refused.
+    they change; ``drives``, of a run's name, is the context in which that is driven, and gives who hears of it. After
+    ``stop`` the runs save and leave, after ``no_more`` none begins. SpecError before anything begins where a point is
+    refused.
     """
     specs = pointed_specs(spec, points)
     stop = stop or threading.Event()
@@ -55,7 +59,8 @@ def drive_sweep(
             place_order(store, prepared, Asked("sweep"))
             named(prepared.run)
             say(f"run {prepared.run} begins")
-            outcome = hosted.drive(prepared)
+            with drives(prepared.run) as sink:
+                outcome = hosted.drive(prepared, sink)
             say(f"run {prepared.run}: {outcome.outcome.replace('_', ' ')}, step {outcome.step}")
             return outcome
 

@@ -61,6 +61,7 @@ _TAIL_BYTES = 2000
 _LOG_BYTES = 4 << 20  # of a process's own log; beyond it, its last quarter is kept
 _LOCK_S = 10.0  # for a starting agent to write its number, or a killed one to let go of its lock
 _MARK_S = 5.0
+_START_S = 5.0  # for a starting agent to listen to signals
 # The process itself writes its mark before it becomes the program, and holds the node's lock (its standard input) until
 # then: a driver that is killed in the middle of a start never leaves a process that the next one does not know.
 _MARK_THEN_EXEC = """
@@ -290,21 +291,23 @@ class LocalLauncher:
         """Their processes; who looks after the nodes may start them again."""
         deadline = self._clock() + grace_s
         if grace_s > 0:
-            # first the engine, so that it can save; then the agent, which uploads what was saved
-            for which in ("supervisor", "agent"):
-                marks = self._marks(nodes, which)
-                for mark in marks:
-                    _signal(mark, signal.SIGTERM)
-                if which == "supervisor":
-                    asked()
-                self._await(marks, deadline)
+            # both, so that nothing has to follow: the agent stores what the ranks save, and leaves behind them
+            engines, agents = self._marks(nodes, "supervisor"), self._marks(nodes, "agent")
+            for mark in engines:
+                _signal(mark, signal.SIGTERM)
+            patience = min(deadline, self._clock() + _START_S)
+            self._await(lambda: any(_starts(mark) for mark in agents), patience)
+            for mark in agents:
+                _signal(mark, signal.SIGTERM)
+            asked()
+            self._await_end([*engines, *agents], deadline)
         else:
             asked()
         for which in ("supervisor", "agent"):
             marks = self._marks(nodes, which)
             for mark in marks:
                 _signal(mark, signal.SIGKILL, group=True)
-            self._await(marks, self._clock() + 10)
+            self._await_end(marks, self._clock() + 10)
 
     def _find(self, launch_id: str) -> tuple[Path | None, Held | None]:
         """The launch's folder where this machine has one that holds it, and who has claimed it."""
@@ -425,8 +428,11 @@ class LocalLauncher:
         marks = (_alive(node / f"{which}.pid") for node in nodes)
         return [mark for mark in marks if mark is not None]
 
-    def _await(self, marks: Sequence[ProcessMark], deadline: float) -> None:
-        while any(mark.alive() for mark in marks) and self._clock() < deadline:
+    def _await_end(self, marks: Sequence[ProcessMark], deadline: float) -> None:
+        self._await(lambda: any(mark.alive() for mark in marks), deadline)
+
+    def _await(self, goes_on: Callable[[], bool], deadline: float) -> None:
+        while goes_on() and self._clock() < deadline:
             self._sleep(0.01)
             self._reap()
         self._reap()
@@ -453,6 +459,16 @@ def _signal(mark: ProcessMark, number: signal.Signals, *, group: bool = False) -
         with contextlib.suppress(ProcessLookupError):
             # started in a session of its own, so the group is this process and what it forked
             (os.killpg if group else os.kill)(mark.pid, number)
+
+
+def _starts(agent: ProcessMark) -> bool:
+    """Whether an agent does not take SIGTERM yet. It would die of it, and nobody would store the last save."""
+    try:
+        status = Path(f"/proc/{agent.pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+    return agent.alive() and not int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
 
 def _alive(pid_file: Path) -> ProcessMark | None:

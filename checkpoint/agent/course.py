@@ -22,7 +22,6 @@ from trainer import wire
 log = logging.getLogger(__name__)
 
 _WORDS = 400  # bytes of why data is late
-
 EXIT_ENDED, EXIT_FENCED = 0, 75
 KILL_S = 10.0  # for a supervisor to reap ranks that were sent SIGKILL
 LOST_S = 2.0  # for a supervisor that went away to connect again (it tries each 50 ms)
@@ -102,11 +101,12 @@ class Course:
     # --- an attempt, step by step -------------------------------------------------------------------------
 
     def _begin(self, newest: AttemptInfo) -> None:
-        if not self.serves:
-            if self.stopping:  # what is still being saved is void now
-                self._do(do.Cancel())
-                self._tell("KILL", self.engine.epoch)
-                self.exit = EXIT_ENDED
+        if self.life is not Life.SERVING:
+            return
+        if self.stopping and self.attempt is not None:  # what is still being saved is void now
+            self._do(do.Cancel())
+            self._tell("KILL", self.engine.epoch)
+            self.exit = EXIT_ENDED
             return
         before, self.attempt = self.attempt, NodeAttempt(Gang.of(newest, self.options.node))
         self.slot_error = None
@@ -332,7 +332,10 @@ class Course:
         if attempt is None or attempt.phase is not NodePhase.RECALL:
             return
         if not event.started:
-            self._set_out(attempt)
+            if self.stopping:
+                self.exit = EXIT_ENDED
+            else:
+                self._set_out(attempt)
             return
         attempt.held = attempt.adopted = True
         attempt.devices, attempt.began_s = event.devices, self._now
@@ -375,9 +378,7 @@ class Course:
     def _lost(self, attempt: NodeAttempt) -> None:
         if self.engine.peer is None:
             self.engine.epoch = 0  # ranks die with their supervisor
-        self._cannot_start(
-            attempt, 75, f"the supervisor of node {self.options.node} was lost, and the ranks of the attempt with it"
-        )
+        self._cannot_start(attempt, 75, f"the supervisor of node {self.options.node} was lost, and its ranks with it")
 
     # --- the end ------------------------------------------------------------------------------------------
 

@@ -107,6 +107,10 @@ class Machine(Course):
             self._tell_committed()
             if mine and newest is not None and (self.attempt is None or newest.n > self.attempt.epoch):
                 self._begin(newest)
+                if self.stopping:  # asked before it had read the log: ranks may run here, and save
+                    self._arm_terminate()
+            elif self.stopping:
+                self._do(do.AskDrained())
 
     def _on_ended(self, outcome: str) -> None:
         if self.life is not Life.SERVING:
@@ -315,21 +319,29 @@ class Machine(Course):
         if self.stopping:
             return
         self.stopping = True
-        attempt = self.attempt
-        commit_s = float(attempt.gang.how("checkpoint", "commit_s")) if attempt is not None else 0.0
-        self._arm(Timer.TERMINATE, commit_s + KILL_S)
-        if attempt is not None and attempt.phase in STARTED:
+        self._arm_terminate()
+        if self.attempt is not None and self.attempt.phase in STARTED:
             self._tell("STOP")
         self._do(do.AskDrained())
+
+    def _arm_terminate(self) -> None:
+        commit_s = float(self.attempt.gang.how("checkpoint", "commit_s")) if self.attempt is not None else 0.0
+        self._arm(Timer.TERMINATE, commit_s + KILL_S)
+
+    def _may_run(self) -> bool:
+        """Whether ranks may run here: an agent that was started anew has to find that out."""
+        if self.attempt is None:
+            return self.state is None
+        phase, here = self.attempt.phase, self.engine.peer is not None
+        return phase in (NodePhase.RECALL, NodePhase.ADOPT) or (phase is NodePhase.RUN and here)
 
     def _on_drained(self, event: ev.Drained) -> None:
         self.changed = True
         if not event.idle:
             return
-        runs = self.attempt is not None and self.attempt.phase in STARTED and self.engine.peer is not None
         if self.life is Life.DRAINING:
             self._leave("ended", EXIT_ENDED)
-        elif self.stopping and not runs:
+        elif self.stopping and not self._may_run():
             self.exit = EXIT_ENDED
 
     def _on_due(self, event: ev.Due) -> None:

@@ -20,9 +20,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.cli import terminal
+
+if TYPE_CHECKING:
+    from flows.drive.events import Event
 
 T = TypeVar("T")
 
@@ -45,7 +49,7 @@ class Signals:
     """From ``__init__`` on signals are taken; the work is done in a thread, so that they are heard whatever it does.
 
     ``stop`` is what the work should look at once it drives a run; ``driving`` is what it calls before that, and
-    ``gang_asked`` is what it sets when what it drives has been asked to save and leave (of a ``sweep`` never).
+    ``drives`` the context in which it does. A ``sweep`` drives several.
     """
 
     def __init__(self, say: Callable[[str], None] = terminal.tell, *, sweep: bool = False) -> None:
@@ -55,7 +59,8 @@ class Signals:
         self._driving = False
         self.detaches = False  # whether the gang that is driven trains on when its driver is stopped
         self.where = "in the cluster"  # it does so then
-        self.gang_asked = threading.Event()
+        self._gangs = threading.Condition()
+        self._unasked = set[str]()  # runs that are driven and whose gangs were not asked to save and leave
         self._asked: list[int] = []
         self._asked_at = 0.0
         for number in heard():
@@ -80,6 +85,27 @@ class Signals:
             self._driving, self.detaches = not self._asked, detaches
             terminal.go_on()
             return self._driving
+
+    @contextlib.contextmanager
+    def drives(self, run: str) -> Iterator[Reach]:
+        """While this run is driven; its driver is to tell what is given."""
+        with self._gangs:
+            self._unasked.add(run)
+        try:
+            yield Reach(self, run)
+        finally:
+            self.asked(run)
+
+    def asked(self, run: str) -> None:
+        """Its gang was asked to save and leave, or it is driven no more."""
+        with self._gangs:
+            self._unasked.discard(run)
+            self._gangs.notify_all()
+
+    def works(self, where: str) -> None:
+        """``here``, or ``elsewhere``: there the one run that is driven trains on without this command."""
+        if not self._sweep:
+            self.detaches, self.where = where == "elsewhere", "where it works"
 
     def run(self, work: Callable[[], T]) -> T:
         """The result of ``work``, or what it raised. May end the process instead, as the module's text says."""
@@ -133,12 +159,20 @@ class Signals:
 
     def _goes_on(self) -> str:
         if self.detaches or not self.stop.is_set():
-            return "the run goes on by itself"
-        if self._sweep:
-            return "runs that were asked to stop save and end by themselves, others go on"
-        if self.gang_asked.wait(ASKED_S):
-            return "the gang saves its state and ends by itself"
-        return "the run goes on by itself: it could not be asked to stop"
+            return "its runs go on by themselves" if self._sweep else "the run goes on by itself"
+        with self._gangs:
+            self._gangs.wait_for(lambda: not self._unasked, ASKED_S)
+            left = sorted(self._unasked)
+        if left and self._sweep:
+            goes = "goes on by itself" if len(left) == 1 else "go on by themselves"
+            return f"{', '.join(left)} could not be asked to stop and {goes}; the others save and end"
+        if left:
+            return "the run goes on by itself: it could not be asked to stop"
+        return (
+            "the gangs save their states and end by themselves"
+            if self._sweep
+            else "the gang saves its state and ends by itself"
+        )
 
     def _second(self) -> None:
         leave(
@@ -146,6 +180,23 @@ class Signals:
             f"leaving at once: {self._goes_on()}; the same command, or `hotstage runs resume RUN`, attaches",
             self.say,
         )
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A sink of one run: tells the signals whether its gang was asked to stop, and whether it trains on without this
+    command, as one does that works elsewhere.
+    """
+
+    signals: Signals
+    run: str
+
+    def tell(self, event: Event) -> None:
+        phase = event.facts.get("phase") if event.kind == "phase" else None
+        if phase in ("elsewhere", "here"):
+            self.signals.works(phase)
+        if phase == "stopping":
+            self.signals.asked(self.run)
 
 
 def heard() -> tuple[int, ...]:

@@ -97,7 +97,7 @@ def sweep(
         try:
             return drive_sweep(
                 run_spec, points, at_once, opened, Path(out), connect=None if no_prefect else prefect.connect, say=tell,
-                stop=signals.stop, patience_s=PREFECT_PATIENCE_S,
+                stop=signals.stop, drives=signals.drives, patience_s=PREFECT_PATIENCE_S,
             )  # fmt: skip
         finally:
             prefect.close()

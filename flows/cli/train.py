@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +24,7 @@ from flows.cli.voice import Voice
 
 if TYPE_CHECKING:
     from checkpoint.store import Store
-    from flows.drive.events import Event, Outcome, Sink
+    from flows.drive.events import Outcome, Sink
     from flows.drive.run import Board, Prepared
 
 
@@ -134,26 +133,12 @@ def _drive(
                 with hosted.board.task("compile-plan", "compile plan"):
                     prepared = make()
             tell(f"run {prepared.run} in {store.url}")
-            if not signals.driving(detaches=prepared.spec.launch.target != "local"):
-                raise click.Abort  # the command leaves
-            sinks: list[Sink] = [Reach(signals), voice.sink(prepared)]
-            if page is not None:
-                sinks.append(Lines(page.line, prepared.spec.train.steps, every_s=10.0))
-            return hosted.drive(prepared, *sinks)
+            with signals.drives(prepared.run) as reach:
+                if not signals.driving(detaches=prepared.spec.launch.target != "local"):
+                    raise click.Abort  # the command leaves
+                sinks: list[Sink] = [reach, voice.sink(prepared)]
+                if page is not None:
+                    sinks.append(Lines(page.line, prepared.spec.train.steps, every_s=10.0))
+                return hosted.drive(prepared, *sinks)
     finally:
         prefect.close()
-
-
-@dataclass
-class Reach:
-    """Tells the signals whether the gang trains on without this command: one that works elsewhere does, and one
-    that was not asked to stop.
-    """
-
-    signals: Signals
-
-    def tell(self, event: Event) -> None:
-        if event.kind == "phase" and event.facts.get("phase") in ("elsewhere", "here"):
-            self.signals.detaches, self.signals.where = event.facts["phase"] == "elsewhere", "where it works"
-        if event.kind == "phase" and event.facts.get("phase") == "stopping":
-            self.signals.gang_asked.set()

@@ -84,7 +84,7 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     assert 0 < middle < LONG_STEPS
     place.all_gone()
 
-    # draining: the gang saves, and a second signal makes the command leave; the gang ends by itself
+    # draining: the gang saves, and a second signal makes the command leave; the gang ends by itself, and all its node
     process = place.start_train()
     before = steps()
     with caught(place.folder, lambda: steps() > before, "a step"):
@@ -95,6 +95,8 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
         process.send_signal(signal.SIGTERM)
     done = finish(process)
     assert done.code in (128 + signal.SIGTERM, STOPPED), done.err
+    place.all_gone()
+    assert json.loads(place.said("runs", "show", run, "--json"))["saved_step"] > middle
 
     # the very end
     done = stop_at(place, lambda: b"ended" in _newest(store / "log"), "the run's end", signal.SIGINT)
@@ -102,6 +104,27 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     assert (done.json()["outcome"], done.json()["state_digest"]) == ("succeeded", digest)
     place.all_gone()
     assert json.loads(place.said("runs", "show", run, "--json"))["state"] == "succeeded"
+
+
+def test_a_sweep_that_is_left_at_once_has_all_its_gangs_save_and_end(place: Place) -> None:
+    grid = ("--grid", "train.seed=1,2", "--at-once", "2", "--set", "train.steps=1000000")
+    process = place.start("sweep", "spec.toml", *grid, "--no-prefect")
+    runs = place.folder / "store" / "runs"
+
+    def steps() -> bool:
+        return len({one.parts[-5] for one in runs.glob("*/live/*/metrics/*") if one.stat().st_size}) == 2
+
+    wait_for(lambda: steps() or process.poll() is not None, "steps of both", 60)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    while b"stopping: the gang" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    done = finish(process)
+    assert done.code in (128 + signal.SIGTERM, STOPPED), done.err
+    place.all_gone()
+    rows = json.loads(place.said("runs", "ls", "--json"))
+    assert [row["saved_step"] > 0 for row in rows] == [True, True], rows
 
 
 def _newest(log: Path) -> bytes:

@@ -253,6 +253,45 @@ def test_who_stops_it_again_waits_for_what_is_being_saved(started: tuple[LocalLa
     assert saved.step > 3
 
 
+def test_what_was_asked_to_stop_ends_without_its_asker(started: tuple[LocalLauncher, Launch, Run, str]) -> None:
+    """As where a second Ctrl-C follows: the state is stored, and nothing of the node remains."""
+    launcher, launch, run, _ = started
+    spec = tiny_spec(parallel__stages=2, train__steps=1_000_000, checkpoint__every=0)
+    epoch = run.attempt(spec, run.add_plan(spec, put_dataset(run.store)))
+    wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["ranks"]["0"]["step"] > 3, "a few steps", 60)
+
+    class Left(Exception):
+        pass
+
+    def leave() -> None:
+        raise Left
+
+    with pytest.raises(Left):
+        launcher.stop(launch.launch_id, 30, leave)
+    wait_for(lambda: launcher.observe(launch.launch_id).state == "done", "agent and supervisor to leave", 60)
+    (saved,) = run.fold().checkpoints
+    assert saved.step > 3
+
+
+def test_an_agent_that_is_asked_while_it_starts_takes_the_last_save(
+    started: tuple[LocalLauncher, Launch, Run, str],
+) -> None:
+    """It is in the place of one that died, and knows nothing yet: neither the log nor its ranks."""
+    launcher, launch, run, _ = started
+    spec = tiny_spec(parallel__stages=2, train__steps=1_000_000, checkpoint__every=0)
+    epoch = run.attempt(spec, run.add_plan(spec, put_dataset(run.store)))
+    wait_for(lambda: (s := run.status()) and s["epoch"] == epoch and s["ranks"]["0"]["step"] > 3, "a few steps", 60)
+    before = launcher.observe(launch.launch_id).nodes[0].agent_pid
+    assert before is not None
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: launcher.observe(launch.launch_id).nodes[0].agent_pid is None, "the agent to be gone")
+    launcher.ensure(launch)
+    launcher.stop(launch.launch_id, 30)
+    (saved,) = run.fold().checkpoints
+    assert saved.step > 3
+    assert launcher.observe(launch.launch_id).state == "done"
+
+
 def test_refusals_say_what_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = LocalLauncher(tmp_path)
     with pytest.raises(LaunchError, match="no plain name"):

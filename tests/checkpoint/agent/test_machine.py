@@ -213,7 +213,7 @@ def test_ranks_whose_slots_died_with_their_agent_are_ended(first: str) -> None:
     assert walk.names(other) == ["KILL"]
 
 
-@pytest.mark.parametrize("phase", [phase for phase in NodePhase if phase is not NodePhase.RECALL])  # that ends at once
+@pytest.mark.parametrize("phase", [phase for phase in NodePhase if phase is not NodePhase.RECALL])  # below
 def test_asked_to_leave_in_each_phase(phase: NodePhase) -> None:
     """Ranks that run save first; else it leaves at once. While the store is slow nothing is begun any more (A8)."""
     walk = Walk(nodes=2).to(phase)
@@ -235,6 +235,37 @@ def test_asked_to_leave_in_each_phase(phase: NodePhase) -> None:
     walk.on(ev.EngineIdle(2, 1))
     walk.on(ev.Drained(True))
     assert walk.machine.exit == 0
+
+
+def test_asked_to_leave_before_it_knows_what_runs_here() -> None:
+    """An agent in the place of one that died: the ranks of the attempt are about to save, or have."""
+    walk = Walk()
+    assert walk.names(ev.Terminate()) == ["AskDrained"]
+    assert walk.machine.exit is None
+    assert walk.log(1) == ["Begin", "Recall"]
+    assert walk.names(ev.Recalled(1, True)) == ["Upload"]
+    assert walk.names(ev.SupervisorHello(1, 100, 1, 2)) == ["STOP"]
+    assert walk.on(ev.RankHello(2, 1, 0, 7, handed=3)) == [do.TakeSlots(1, 0)]
+    assert walk.names(ev.SlotsTaken(1, 0, 4)) == ["LookForSnapshots"]
+    assert walk.log(1, n=2, checkpoints=(checkpoint_info(2, 1, 4),)) == ["COMMITTED", "AskDrained"]
+    assert walk.later(KILL_S) == []  # commit_s more
+    assert walk.machine.exit is None
+    walk.on(ev.EngineIdle(1, 1))
+    assert walk.machine.exit == 0
+
+
+@pytest.mark.parametrize("attempts", [(), (1,)])
+def test_asked_to_leave_where_nothing_was_begun(attempts: tuple[int, ...]) -> None:
+    walk = Walk()
+    walk.on(ev.Terminate())
+    walk.log(*attempts)
+    if attempts:
+        assert walk.names(ev.Recalled(1, False)) == []
+    assert walk.machine.exit == 0
+    away = Walk()
+    away.on(ev.Terminate())
+    away.later(KILL_S)  # the log cannot be read
+    assert away.machine.exit == 0
 
 
 @pytest.mark.parametrize("phase", [NodePhase.PORTS, NodePhase.PEERS])

@@ -205,18 +205,24 @@ def test_ctrl_backslash_leaves_and_says_what_goes_on(driving: bool, told: str) -
 TWICE = """
 import os, signal, threading
 from flows.cli import signals as of
+from flows.drive.events import Event
 of.BURST_S = {burst}
-signals = of.Signals()
+of.ASKED_S = {asked_s}
+signals = of.Signals(sweep={sweep})
 
 def work():
     signals.driving(detaches=False)
-    os.kill(os.getpid(), signal.SIGTERM)
-    signals.stop.wait()
-    os.kill(os.getpid(), signal.SIGTERM)
-    threading.Event().wait(0.5)  # the command looks five times
-    print("asked", flush=True)
-    signals.gang_asked.set()
-    threading.Event().wait({saving})
+    with signals.drives("one-1"), signals.drives("two-2") as two:
+        with signals.drives("over-3"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signals.stop.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+        signals.asked("one-1")
+        threading.Event().wait(0.5)  # the command looks five times
+        if not {sweep} or {asked_s} > 1:
+            print("asked", flush=True)
+            two.tell(Event("phase", {{"phase": "stopping"}}))
+        threading.Event().wait({saving})
 
 signals.run(work)
 """
@@ -224,17 +230,31 @@ signals.run(work)
 
 def test_one_signal_that_comes_twice_is_one() -> None:
     """timeout(1) sends its own to the command, then to its group: the command left at once, and its gang trained on."""
-    command = [sys.executable, "-c", TWICE.format(burst=60, saving=0.5)]
+    command = [sys.executable, "-c", TWICE.format(burst=60, saving=0.5, sweep=False, asked_s=60)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout, done.stderr.count("leaving at once")) == (0, "asked\n", 0), done.stderr
 
 
-def test_a_command_that_leaves_at_once_has_had_its_gang_asked() -> None:
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        (False, "leaving at once: the gang saves its state and ends by itself"),
+        (True, "leaving at once: the gangs save their states and end by themselves"),
+    ],
+)
+def test_a_command_that_leaves_at_once_has_had_its_gangs_asked(sweep: bool, words: str) -> None:
     """It said that the gang saves and ends, and had not asked it yet: the gang trained on with nobody to drive it."""
-    command = [sys.executable, "-c", TWICE.format(burst=0, saving=None)]
+    command = [sys.executable, "-c", TWICE.format(burst=0, saving=None, sweep=sweep, asked_s=60)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "asked\n"), done.stderr
-    assert "leaving at once: the gang saves its state and ends by itself" in done.stderr
+    assert words in done.stderr
+
+
+def test_a_sweep_names_the_runs_that_it_could_not_ask() -> None:
+    command = [sys.executable, "-c", TWICE.format(burst=0, saving=None, sweep=True, asked_s=1)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, ""), done.stderr
+    assert "two-2 could not be asked to stop and goes on by itself; the others save and end" in done.stderr
 
 
 PAUSES = """
