@@ -22,6 +22,7 @@ from typing import cast
 
 from checkpoint import codec
 from checkpoint.errors import Damaged
+from trainer.wire.boot import boot_id
 from trainer.wire.files import create_file
 from trainer.wire.unreadable import check_version
 
@@ -120,14 +121,6 @@ def seen_from_here(boot: str, space: str) -> bool:
 def of_this_machine(host: str, boot: str, space: str) -> bool:
     """Whether that is this machine by name, maybe before its last boot."""
     return seen_from_here(boot, space) or (host == socket.gethostname() and boot != boot_id())
-
-
-def boot_id() -> str:
-    """Of this machine's kernel; empty where it does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
 
 
 def process_space() -> str:

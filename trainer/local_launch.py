@@ -11,7 +11,7 @@ and where it still runs nothing is started.
 Files of a local launch, under ``<work_root>/runs/<run>/<launch>/``: ``launch.json``, ``place.id`` (the folder's
 token), ``launch.key`` (0600, the key from which the attempts' keys derive), and for each node ``node<i>/`` with
 ``start.lock`` (held while somebody starts this node), ``agent.lock`` (held by the agent while it lives), ``agent.pid``
-and ``supervisor.pid`` (with the process's start time, so that a reused number is never mistaken), ``agent.sock``,
+and ``supervisor.pid`` (with its start time and boot, so that a reused number is never mistaken), ``agent.sock``,
 ``agent.log``, ``supervisor.log``, and ``done`` once the node has left for good. The logs are the two processes' own, a
 few lines an attempt and a checkpoint, and `ensure` cuts their beginning before they grow large; what the ranks print
 is the agent's to keep (``hotstage logs``).
@@ -44,6 +44,7 @@ from trainer.errors import LaunchError, LaunchRefused, LaunchUnknown
 from trainer.failures import Failure
 from trainer.launch import Finding, Launch, LaunchedNode, LaunchView, nothing
 from trainer.priority import session_nice, set_session_nice
+from trainer.wire.boot import boot_id
 from trainer.wire.files import create_file
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,9 @@ _START_S = 5.0  # for a starting agent to listen to signals
 # then: a driver that is killed in the middle of a start never leaves a process that the next one does not know.
 _MARK_THEN_EXEC = """
 mark=$1; shift
-started=$(command -p cut -d' ' -f22 /proc/$$/stat) && printf '{"pid": %d, "started": %d}' $$ "$started" > "$mark.new" &&
+read -r boot < /proc/sys/kernel/random/boot_id || boot=
+started=$(command -p cut -d' ' -f22 /proc/$$/stat) &&
+printf '{"pid": %d, "started": %d, "boot": "%s"}' $$ "$started" "$boot" > "$mark.new" &&
 command -p mv "$mark.new" "$mark" || exit 71
 exec < /dev/null
 exec "$@"
@@ -109,7 +112,9 @@ class Claims(Protocol):
 
 @dataclass(frozen=True)
 class ProcessMark:
-    """A process that was started: its number, and its start time, which no later process of that number shares."""
+    """A process that was started: its number, and its start time, which no later process of that number and this boot
+    shares.
+    """
 
     pid: int
     started: int
@@ -131,12 +136,13 @@ class ProcessMark:
 
     @classmethod
     def read(cls, path: Path) -> ProcessMark | None:
-        """What the file names, running or not; None where it is missing or cut."""
+        """What the file names, running or not; None where it is missing or cut, or of a boot before this one."""
         try:
             value = json.loads(path.read_bytes())
-            return cls(int(value["pid"]), int(value["started"]))
+            mark, boot = cls(int(value["pid"]), int(value["started"])), value.get("boot")
         except (OSError, ValueError, KeyError, TypeError):
             return None
+        return mark if not boot or boot == boot_id() else None
 
 
 def ready_to_launch(work_root: Path) -> None:

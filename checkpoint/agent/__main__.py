@@ -29,6 +29,7 @@ from checkpoint.claims import Place
 from checkpoint.errors import CheckpointError
 from checkpoint.hashes import UNFIT
 from checkpoint.store import open_store
+from trainer.wire.boot import boot_id
 from trainer.wire.files import write_file
 
 EXIT_BUG = 70
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     except BlockingIOError:
         log.error("another agent has %s", work)
         return 75
-    write_file(work / "agent.pid", json.dumps({"pid": os.getpid(), "started": _started()}).encode())
+    write_file(work / "agent.pid", json.dumps(_mark()).encode())
 
     try:
         key = args.key_file.read_bytes()
@@ -188,10 +189,11 @@ def _end_with(parent: int) -> bool:
     return os.getppid() == parent
 
 
-def _started() -> int:
-    """This process's start time in the kernel's ticks, as the launcher reads it."""
+def _mark() -> dict[str, object]:
+    """This process, as the launcher reads it: its start time is in the kernel's ticks since its boot."""
     stat = Path("/proc/self/stat").read_bytes()
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+    started = int(stat[stat.rindex(b")") + 2 :].split()[19])
+    return {"pid": os.getpid(), "started": started, "boot": boot_id()}
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from checkpoint import codec, keys
-from checkpoint.claims import boot_id, of_this_machine, process_space, seen_from_here
+from checkpoint.claims import of_this_machine, process_space, seen_from_here
 from checkpoint.errors import Damaged, NotFound, StoreError, StoreFull
 from checkpoint.store import Store
 from trainer.local_launch import ProcessMark
+from trainer.wire.boot import boot_id
 
 VERSION = 1
 MAX_BYTES = 16 << 10

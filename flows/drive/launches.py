@@ -49,10 +49,13 @@ def next_launch(state: RunState, prepared: Prepared) -> str:
 
 def placed(nodes: list[NodeView], view: LaunchView, before: Sequence[NodeView]) -> list[NodeView]:
     """The nodes with the names of their machines, where the launcher knows them. While it does not answer, as they were
-    ``before``, in the last look at this launch: a failure then is that machine's all the same.
+    ``before``, in the last look at this launch: a failure then is that machine's all the same. What a node of which
+    nothing lives had in its memory is gone with it, whatever it said last.
     """
     places = {n.node: n.place for n in (before if view.state == "unknown" else view.nodes)}
-    return [replace(n, place=places.get(n.node, "")) for n in nodes]
+    lost = {n.node for n in view.nodes if n.alive is False and n.agent_pid is None}
+    kept = (replace(n, slots=frozenset()) if n.node in lost else n for n in nodes)
+    return [replace(n, place=places.get(n.node, "")) for n in kept]
 
 
 def loss_of(

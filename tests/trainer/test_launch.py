@@ -21,6 +21,7 @@ from trainer.errors import LaunchError, LaunchRefused
 from trainer.launch import Launch, LaunchedNode
 from trainer.local_launch import NODE_FOLDER_MOST, LocalLauncher, ProcessMark, _is_full, ready_to_launch
 from trainer.spec import how_map
+from trainer.wire.boot import boot_id
 
 
 @pytest.fixture
@@ -378,6 +379,22 @@ def test_a_reused_process_number_is_not_mistaken(tmp_path: Path) -> None:
     assert ProcessMark.read(path) == mark
     path.write_text(json.dumps({"pid": 1}))
     assert ProcessMark.read(path) is None
+
+
+def test_a_process_of_the_boot_before_is_not_mistaken_though_number_and_time_are_the_same(
+    started: tuple[LocalLauncher, Launch, Run, str],
+) -> None:
+    """It was signalled with the node, and killed: somebody else's."""
+    _, launch, _, _ = started
+    folder = launch.work_root / "runs" / launch.run / launch.launch_id / "node0"
+    for which in ("agent", "supervisor"):
+        path = folder / f"{which}.pid"
+        named = json.loads(path.read_bytes())
+        assert named["boot"] == boot_id() != ""
+        assert ProcessMark.read(path) is not None
+        path.write_text(json.dumps(named | {"boot": "another"}))
+        assert ProcessMark.read(path) is None
+        path.write_text(json.dumps(named))
 
 
 def test_a_node_whose_agent_and_folder_are_gone_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

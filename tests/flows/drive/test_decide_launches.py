@@ -12,7 +12,7 @@ from flows.drive.launches import placed
 from flows.drive.views import Cause, End, LogView, NodeView, Phase, Policy, RankView, StartAttempt, Watch
 from tests.flows.drive.decisions import LOST, POLICY, attempt, ended, layout, log, running, started
 from trainer.failures import Failure
-from trainer.launch import LaunchView
+from trainer.launch import LaunchedNode, LaunchView
 
 
 def test_a_lost_launch_is_left_and_the_next_attempt_takes_a_new_one() -> None:
@@ -24,6 +24,15 @@ def test_a_lost_launch_is_left_and_the_next_attempt_takes_a_new_one() -> None:
     assert decision.cause is not None
     assert (decision.cause.cls, decision.cause.text, decision.cause.place) == ("infra", LOST.text, "b")
     assert decision.cause.to_map()["place"] == "b"
+
+
+def test_what_a_node_kept_in_memory_is_gone_with_all_its_processes() -> None:
+    """As after a reboot: the attempt was begun from memory that nobody had, and a second one from the checkpoint."""
+    kept = frozenset({(7, 1)})
+    nodes = [replace(n, slots=kept) for n in running()]
+    for agent, alive, left in ((5, False, kept), (None, True, kept), (None, None, kept), (None, False, frozenset())):
+        view = LaunchView("l", "partial", tuple(LaunchedNode(n, agent, None, None, "", alive) for n in range(2)))
+        assert [n.slots for n in placed(nodes, view, ())] == [left, left]
 
 
 def test_a_pod_that_is_told_to_go_may_save_first() -> None:
