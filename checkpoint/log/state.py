@@ -107,6 +107,10 @@ class RunState:
         at = bisect_left(self.attempts, epoch, key=_number)
         return self.attempts[at] if at < len(self.attempts) and self.attempts[at].n == epoch else None
 
+    def listed(self) -> list[CheckpointInfo]:
+        """The valid checkpoints as people see them, newest last: by attempt, then step (uploads end in any order)."""
+        return sorted(self.checkpoints, key=lambda c: (c.epoch, c.step))
+
     def checkpoint(self, n: int) -> CheckpointInfo | None:
         """The valid checkpoint of this record number."""
         row = self.checkpoints.row_of(n)

@@ -27,7 +27,7 @@ for command in (pin_checkpoint, unpin_checkpoint, collect_garbage):
 @store_option
 @json_option
 def list_checkpoints(run: str, store: str | None, as_json: bool) -> int:
-    """The checkpoints of RUN by step: attempt, age, state digest, what holds or spoils them."""
+    """The checkpoints of RUN, newest last: attempt, age, state digest, what holds or spoils them."""
     import time
 
     from flows.drive.run import find_run

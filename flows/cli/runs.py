@@ -207,7 +207,7 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         if attempt["layout"] != layout:
             layout = attempt["layout"]
             say(f"{'':>14}{layout}" + (", because of no room for more" if attempt["fallback"] else ""))
-    kept = sorted((c for c in told["checkpoints"] if not c["given_up"]), key=lambda c: (c["attempt"], c["step"]))
+    kept = [c for c in told["checkpoints"] if not c["given_up"]]
     if len(kept) > CHECKPOINTS_SHOWN:
         more = f"hotstage ckpt ls {told['run']}{with_store(store)}"
         say(f"  {len(kept) - CHECKPOINTS_SHOWN:,} older: {more}")

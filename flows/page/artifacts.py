@@ -58,8 +58,8 @@ def files_markdown(run: str, store: Store, report: str, state: RunState | None) 
         "| step | manifest | state digest |",
         "|---|---|---|",
     ]
-    checkpoints = state.checkpoints if state else ()
-    for c in sorted(checkpoints, key=lambda c: -c.step)[:CHECKPOINTS_SHOWN]:
+    checkpoints = state.listed() if state else []
+    for c in reversed(checkpoints[-CHECKPOINTS_SHOWN:]):
         lines.append(f"| {c.step} | `{run_key(run, c.manifest)}` | `{c.state_digest}` |")
     if len(checkpoints) > CHECKPOINTS_SHOWN:
         lines.append(f"\n{len(checkpoints) - CHECKPOINTS_SHOWN} more: `hotstage ckpt ls {behind}`")

@@ -157,7 +157,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "pins": pins.get(c.n, []),
                 "time": c.time,
             }
-            for c in state.checkpoints
+            for c in state.listed()
         ],
     }
 
@@ -281,7 +281,7 @@ def report_facts(
         "attempts": attempt_facts(state, index.rows),
         "checkpoints": [
             {"step": c.step, "attempt": numbers.get(c.epoch), "bytes": size, "state_digest": c.state_digest}
-            for c in state.checkpoints
+            for c in state.listed()
         ],
         "tokens_per_s": rate,
         "digest": newest[0].state_digest if newest else None,

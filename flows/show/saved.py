@@ -1,4 +1,4 @@
-"""A run's checkpoints for people: a line each, in the order of their steps."""
+"""A run's checkpoints for people: a line each."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def size_words(count: int) -> str:
 
 
 def checkpoint_lines(rows: Sequence[Mapping[str, Any]], now: float) -> list[str]:
-    """The rows of ``facts.details``, by step, then by attempt; of those that were given up only how many."""
-    there = sorted((row for row in rows if not row["given_up"]), key=lambda row: (row["step"], row["epoch"]))
+    """The rows of ``facts.details`` in their order; of those that were given up only how many."""
+    there = [row for row in rows if not row["given_up"]]
     lines = [f"{len(there)} checkpoint(s) of {size_words(there[-1]['bytes'])} each"] if there else []
     for row in there:
         notes = [f"DAMAGED: {row['damaged']}"] if row["damaged"] else []

@@ -14,6 +14,7 @@ from checkpoint.codec import pack
 from checkpoint.log import RunLog
 from checkpoint.store import Store, open_store
 from flows.cli.main import exit_code_of
+from flows.page.artifacts import files_markdown
 from tests.checkpoint.samples import WHAT
 from tests.support.small_checkpoints import RUN, begin, names, save, upload
 
@@ -81,6 +82,14 @@ def test_a_run_shows_its_newest_checkpoints_in_order(
     text = capsys.readouterr().out
     assert f"  1 older: hotstage ckpt ls {RUN} --store {store.url}" in text
     assert re.findall(r"checkpoint at step +(\d+)", text) == ["20", "30"]
+    assert re.findall(r"^step +(\d+)", said(capsys, "ls", RUN), re.MULTILINE) == ["10", "20", "30"]
+    assert [c["step"] for c in json.loads(said(capsys, "ls", RUN, "--json"))] == [10, 20, 30]
+    back = state.at_step(10)
+    assert back is not None
+    state = save(store, log, begin(log, state, checkpoint=back.n, step=10), 20)
+    assert [line.split()[1] for line in said(capsys, "ls", RUN).splitlines()[1:]] == ["10", "20", "30", "20"]
+    page = files_markdown(RUN, store, "", state)
+    assert re.findall(r"^\| (\d+) \|", page, re.MULTILINE) == ["20", "30", "20", "10"]
 
 
 def test_rules_of_the_command_line_and_of_nobody(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

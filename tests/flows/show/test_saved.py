@@ -1,4 +1,4 @@
-"""`ckpt ls`: by step, with size, age, pins, damage and what a rollback left behind."""
+"""`ckpt ls`: a line a checkpoint, with size, age, pins, damage and what a rollback left behind."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def row(step: int, epoch: int, **more: Any) -> dict[str, Any]:
     return base | more
 
 
-def test_lines_are_in_order_of_steps_and_say_what_matters() -> None:
+def test_lines_say_what_matters() -> None:
     rows = [
-        row(40, 1, left=True),
-        row(20, 1, pins=["export-1f", "keep"]),
         row(10, 1, given_up=True),
+        row(20, 1, pins=["export-1f", "keep"]),
+        row(40, 1, left=True),
         row(30, 7, damaged="chunk x is gone", attempt=None),
         row(40, 7, time=4400.0),
     ]
@@ -33,8 +33,8 @@ def test_lines_are_in_order_of_steps_and_say_what_matters() -> None:
     assert checkpoint_lines(rows, 4600.0) == [
         "4 checkpoint(s) of 1.5 GB each",
         f"step       20  attempt   1   60 min ago  {digest}  pinned: export-1f, keep",
-        f"step       30  attempt   -   60 min ago  {digest}  DAMAGED: chunk x is gone",
         f"step       40  attempt   1   60 min ago  {digest}  left behind by a rollback",
+        f"step       30  attempt   -   60 min ago  {digest}  DAMAGED: chunk x is gone",
         f"step       40  attempt   7    3 min ago  {digest}",
         "and 1 that the rules of the run gave up",
     ]
