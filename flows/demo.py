@@ -185,7 +185,7 @@ def _demo(
 
 def _show_plan(prepared: Prepared, say: Callable[[str], None]) -> None:
     from flows.show import foretell
-    from trainer.plan.amounts import seconds_text
+    from trainer.amounts import seconds_text
     from trainer.plan.draw import timeline_text
 
     simulation = foretell.simulate(prepared.plan)

@@ -48,8 +48,8 @@ def import_(
     from flows.drive.train import store_at
     from flows.show.facts import state_bytes
     from flows.show.saved import size_words
+    from trainer.amounts import count_text
     from trainer.errors import SpecError
-    from trainer.plan.amounts import count_text
     from trainer.spec import parse_spec
 
     path = Path(folder)

@@ -4,8 +4,8 @@ large, where it has not."""
 from __future__ import annotations
 
 from flows.drive.run import Prepared
+from trainer.amounts import bytes_text
 from trainer.cores import free_bytes, swap_bytes
-from trainer.plan.amounts import bytes_text
 from trainer.plan.memory import host_kinds
 
 

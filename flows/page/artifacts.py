@@ -10,7 +10,7 @@ from typing import Any
 from checkpoint.keys import run_key
 from checkpoint.log import RunState
 from checkpoint.store import Store
-from trainer.plan.amounts import took
+from trainer.amounts import took
 
 CHECKPOINTS_SHOWN = 20
 

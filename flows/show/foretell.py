@@ -11,11 +11,11 @@ from typing import Any
 from checkpoint.errors import CheckpointError
 from flows.drive.train import store_at
 from flows.show.peak import measured_bandwidth, measured_peak
+from trainer.amounts import count_text, seconds_text
 from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError
 from trainer.plan import Plan, compile_plan
-from trainer.plan.amounts import count_text, seconds_text
 from trainer.plan.devices import DeviceSheet, assumptions, cost_of, fits, on_device, on_host, smaller_chunks
 from trainer.plan.draw import memory_text
 from trainer.plan.memory import more_threads_bytes

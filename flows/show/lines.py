@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.drive.events import WARNS, Event
-from trainer.plan.amounts import clock
+from trainer.amounts import clock
 from trainer.plan.devices import peak_of
 
 

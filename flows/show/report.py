@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.show.loss_chart import AttemptFact, loss_chart
-from trainer.plan.amounts import count_text, gigabytes, took
+from trainer.amounts import count_text, gigabytes, took
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #16202b; --soft: #5c6b7a; --line: #d5dce3; --page: #fbfcfd; --card: #ffffff;

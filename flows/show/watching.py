@@ -22,8 +22,8 @@ from flows.drive.live import MetricsReader
 from flows.drive.run import load_what
 from flows.drive.scores import line_evaluations
 from flows.show.facts import state_word
+from trainer.amounts import clock
 from trainer.errors import TrainerError
-from trainer.plan.amounts import clock
 
 QUIET_S = 30.0
 """After that long without a step a run that is open is told as such."""

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trainer import wire
+from trainer.amounts import bytes_text
 from trainer.errors import PlanError
-from trainer.plan.amounts import bytes_text
 from trainer.plan.compiled import Plan
 from trainer.plan.draw import memory_text
 from trainer.plan.flops import Dims, work

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from trainer.plan.amounts import bytes_text, seconds_text
+from trainer.amounts import bytes_text, seconds_text
 from trainer.plan.timeline import COMPUTE_KINDS, KINDS, Span, Timeline
 
 _FILL = {"F": "-", "I": "=", "W": "~", "B": "=", "O": "#", "other": ":"}

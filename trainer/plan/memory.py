@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from trainer import wire
+from trainer.amounts import bytes_text
 from trainer.errors import PlanError
 from trainer.models.base import Call, View
-from trainer.plan.amounts import bytes_text
 from trainer.plan.draw import memory_text
 from trainer.plan.places import Position, Ranks
 from trainer.plan.records import Channel, Config, PositionPlan

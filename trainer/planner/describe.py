@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from trainer.plan.amounts import count_text, gigabytes, seconds_text
+from trainer.amounts import count_text, gigabytes, seconds_text
 from trainer.planner.cluster import ClusterSpec
 from trainer.planner.estimate import KINDS, TENSOR_EXPOSED, Estimate
 from trainer.planner.layouts import MARK

@@ -15,7 +15,7 @@ from trainer import models, wire
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
 from trainer.models.base import tensor_table
-from trainer.plan import amounts, compile_plan, draw, flops, flops_per_token, simulate, timeline
+from trainer.plan import compile_plan, draw, flops, flops_per_token, simulate, timeline
 from trainer.plan.compile import expand
 from trainer.plan.draw import memory_text, timeline_svg, timeline_text
 from trainer.plan.expand import expand_stage
@@ -31,7 +31,7 @@ from trainer.spec_how import RecomputeSpec
 FREE_LINKS = CostModel(1.0, 1.0, 1e18, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("module", [simulate, timeline, draw, amounts, flops])
+@pytest.mark.parametrize("module", [simulate, timeline, draw, flops])
 def test_examples_in_the_docstrings_run(module: object) -> None:
     failed, ran = doctest.testmod(module)  # type: ignore[arg-type]
     assert ran > 0
