@@ -45,12 +45,13 @@ from checkpoint.errors import Damaged, StoreRefused
 
 _RUN = re.compile(r"[a-z0-9]([a-z0-9-]{0,98}[a-z0-9])?\Z")
 _OF_STORE = re.compile(
-    "(data/([0-9a-f]{64}|inputs|seen|work)|index|runs/[^/]+/(chunks|folds|live|log|manifests|plans))/"
+    r"(data/([0-9a-f]{64}|inputs|seen|work)|index|runs/[^/]+/(algorithms|chunks|folds|live|log|manifests|plans))/"
+    r"|runs/[^/]+/spec\Z|probe/(doctor-|passed-)?[0-9a-f]{16}"
 )
 
 
 def is_of_store(path: str) -> bool:
-    """Whether a path below a file store's folder lies in one of the folders above: a corpus may lie beside them."""
+    """Whether a path below a file store's folder is one of the names above: a corpus may lie beside them."""
     return _OF_STORE.match(path) is not None
 
 
