@@ -27,6 +27,7 @@ from flows.drive.line import parent_of
 from flows.drive.their_tokenizer import id_of, is_token
 from trainer.errors import SpecError
 from trainer.models.hf_config import end_token_ids, read_config
+from trainer.spec_hints import not_utf8
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def read_beside(folder: Path) -> Beside:
             if file.is_file():
                 found[name] = file.read_text("utf-8") if name == TEMPLATE else json.dumps(read_config(file))
         except (SpecError, OSError, UnicodeDecodeError) as error:
-            log.warning("%s; exports of the model will not have what it says", error if name in str(error) else file)
+            why = f"{file}: {not_utf8(error.object, error)}" if isinstance(error, UnicodeDecodeError) else error
+            log.warning("%s; exports of the model will not have what it says", why)
     if (folder / "additional_chat_templates").is_dir():
         log.warning("%s/additional_chat_templates: exports have the model's first chat template alone", folder)
     if sum(map(len, found.values())) > MAX_BYTES // 4:

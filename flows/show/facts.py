@@ -273,6 +273,7 @@ def report_facts(
     rate = sorted(rates)[len(rates) // 2] if rates else None
     known: dict[str, Any] = {
         "run": run,
+        "store": store.url,
         "mfu": rate * flops_per_token / peak_flops if rate and peak_flops else None,
         "outcome": state_word(state),
         "reason": state.ended.reason if state.ended and state_word(state) not in ("open", "succeeded") else "",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import html
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,8 @@ class ReportFacts:
     curve: Mapping[int, float]
     attempts: Sequence[AttemptFact]
     checkpoints: Sequence[Mapping[str, Any]]
+    store: str = ""
+    """Its address."""
     tokens_per_s: float | None = None
     digest: str | None = None
     digest_one_stage: str | None = None
@@ -146,7 +149,7 @@ def _attempts(attempts: Sequence[AttemptFact]) -> str:
     return _section("Attempts", _table(head, rows, numeric=(1, 2, 3, 4, 5)))
 
 
-def _checkpoints(run: str, checkpoints: Sequence[Mapping[str, Any]]) -> str:
+def _checkpoints(run: str, store: str, checkpoints: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [
             str(c["step"]),
@@ -157,7 +160,8 @@ def _checkpoints(run: str, checkpoints: Sequence[Mapping[str, Any]]) -> str:
         for c in checkpoints[-CHECKPOINTS_SHOWN:]
     ]
     more = len(checkpoints) - len(rows)
-    told = f"<p class=soft>{more:,} older ones: <code>hotstage ckpt ls {html.escape(run)}</code></p>" if more else ""
+    listed = html.escape(f"hotstage ckpt ls {run} --store {shlex.quote(store)}", quote=False)
+    told = f"<p class=soft>{more:,} older ones: <code>{listed}</code></p>" if more else ""
     return _section("Checkpoints", told, _table(["step", "attempt", "size", "state digest"], rows, numeric=(0, 1, 2)))
 
 
@@ -191,7 +195,7 @@ def render(facts: ReportFacts) -> str:
             _section("Memory that the plan foretold", f"<pre class=table>{html.escape(facts.memory_text)}</pre>")
         )
     if facts.checkpoints:
-        parts.append(_checkpoints(facts.run, facts.checkpoints))
+        parts.append(_checkpoints(facts.run, facts.store, facts.checkpoints))
     if facts.sample:
         parts.append(_section("A sample", f"<pre>{html.escape(facts.sample)}</pre>"))
     parts += [f"<p class=soft>{html.escape(note)}</p>" for note in facts.notes]

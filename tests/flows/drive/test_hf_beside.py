@@ -129,8 +129,9 @@ def test_what_cannot_be_read_beside_a_model_is_told_and_left_out(
     (tmp_path / "m" / "chat_template.jinja").write_bytes(b"\xe9")
     assert set(read_beside(tmp_path / "m")) == {"config.json", "generation_config.json"}
     told = [record.getMessage() for record in caplog.records]
-    for name, one in zip(("tokenizer_config.json", "chat_template.jinja"), told, strict=True):
-        assert re.search(rf"{name}.*; exports of the model will not have what it says", one)
+    why = ("tokenizer_config.json: is no JSON", r"chat_template.jinja: line 1 holds the byte 0xE9, which is no UTF-8")
+    for words, one in zip(why, told, strict=True):
+        assert re.search(rf"{words}.*; exports of the model will not have what it says", one)
 
 
 def _tree(file: Path) -> dict[str, Any]:

@@ -170,9 +170,8 @@ def test_a_loss_that_is_not_finite_leaves_the_others_drawn() -> None:
 def test_fifty_attempts_and_a_thousand_checkpoints_can_be_told_apart() -> None:
     attempts = [AttemptFact(n, n, 7200.0 * n, 200 * n - 200, "rank 1 was killed", lost_steps=10) for n in range(1, 51)]
     checkpoints = [{"step": step, "state_digest": "ab"} for step in range(10, 10_001, 10)]
-    page = render(
-        replace(FACTS, curve=dict.fromkeys(range(1, 10_001), 2.0), attempts=attempts, checkpoints=checkpoints)
-    )
+    many = replace(FACTS, curve=dict.fromkeys(range(1, 10_001), 2.0), attempts=attempts, checkpoints=checkpoints)
+    page = render(replace(many, store="file:///my runs"))
     assert page.count("stroke-dasharray") == 49
     assert page.count("><title>attempt ") == 49  # where there is no room for words a pointer finds them
     ends = []
@@ -182,7 +181,7 @@ def test_fifty_attempts_and_a_thousand_checkpoints_can_be_told_apart() -> None:
     assert len(ends) >= 45  # most have their number at least
     assert all(one[1] <= other[0] for one, other in pairwise(ends))
     assert page.count("<path") < 150
-    assert "950 older ones: <code>hotstage ckpt ls demo-0a1b2c</code>" in page
+    assert "950 older ones: <code>hotstage ckpt ls demo-0a1b2c --store 'file:///my runs'</code>" in page
     assert ">10,000</text>" in page
     assert "4 d 4 h" in page
 
