@@ -190,72 +190,13 @@ def failure_rules() -> list[dict[str, Any]]:
 
 
 def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url: str) -> dict[str, Any]:
-    fabric = FABRICS[spec.launch.fabric]
-    grace = int(spec.checkpoint.commit_s) + 30
-    restricted = {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "runAsNonRoot": True,
-        "capabilities": {"drop": ["ALL"], **({"add": fabric["capabilities"]} if "capabilities" in fabric else {})},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-    engine: dict[str, Any] = {
-        "name": ENGINE,
-        "image": spec.launch.image or (CUDA_IMAGE if has_gpus(spec) else DEFAULT_IMAGE),
-        "args": ["node", "--agent", SOCKET],
-        "env": [{"name": key, "value": value} for key, value in sorted(fabric.get("env", {}).items())],
-        "resources": _resources("resources", _engine_memory(spec, plan), _with_gpus(spec), fabric.get("resources", {})),
-        "securityContext": restricted,
-        "volumeMounts": [
-            {"name": "run", "mountPath": "/run/hotstage"},
-            {"name": "work", "mountPath": WORK},
-        ],
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-    }
-    agent: dict[str, Any] = {
-        "name": AGENT,
-        "image": spec.launch.agent_image or DEFAULT_AGENT_IMAGE,
-        # a native sidecar: up before the engine, still there while the engine leaves
-        "restartPolicy": "Always",
-        "args": [
-            *("--store", store_url),
-            *("--run", run),
-            *("--launch", launch),
-            *("--node", "$(JOB_COMPLETION_INDEX)"),
-            *("--nodes", str(spec.launch.nodes)),
-            *("--socket", SOCKET),
-            *("--work", WORK),
-            *("--key-file", f"{KEY_FOLDER}/launch.key"),
-            # an address, not a name: a pod keeps it for life, and names come late and are remembered as missing
-            *("--host", "$(POD_IP)"),
-            *("--port-base", str(_ports(spec).start)),
-            *("--metrics", f"$(POD_IP):{METRICS_PORT}"),
-        ],
-        "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
-        "env": [_from_field("JOB_COMPLETION_INDEX", _INDEX_FIELD), _from_field("POD_IP", "status.podIP")],
-        "resources": _resources("agent_resources", _agent_memory(spec, plan), spec.launch.agent_resources, {}),
-        "securityContext": {k: v for k, v in restricted.items() if k != "capabilities"}
-        | {"capabilities": {"drop": ["ALL"]}},
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "startupProbe": {
-            "exec": {"command": ["test", "-S", SOCKET]},
-            "periodSeconds": 1,
-            "failureThreshold": 120,
-        },
-        "volumeMounts": [
-            {"name": "run", "mountPath": "/run/hotstage"},
-            {"name": "work", "mountPath": WORK},
-            {"name": "launch-key", "mountPath": KEY_FOLDER, "readOnly": True},
-        ],
-    }
-    if spec.launch.store_secret:
-        agent["envFrom"] = [{"secretRef": {"name": spec.launch.store_secret}}]
+    engine = _engine(spec, plan)
     pod: dict[str, Any] = {
         "restartPolicy": "Never",
         "subdomain": name,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": grace,
+        "terminationGracePeriodSeconds": int(spec.checkpoint.commit_s) + 30,
         "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
                             "seccompProfile": {"type": "RuntimeDefault"}},
         # dead nodes are fenced, not waited for
@@ -263,7 +204,7 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
             *(_silent(key, spec.launch.toleration_s) for key in ("not-ready", "unreachable")),
             *(dict(t) for t in spec.launch.tolerations),
         ],
-        "initContainers": [agent],
+        "initContainers": [_agent(spec, plan, run, launch, store_url)],
         "containers": [engine],
         "volumes": [
             {"name": "run", "emptyDir": {}},
@@ -292,10 +233,82 @@ def _pod(spec: RunSpec, plan: Plan, run: str, launch: str, name: str, store_url:
         ]
     if spec.launch.service_account:
         pod["serviceAccountName"] = spec.launch.service_account
-    if "claims" in fabric:
-        pod["resourceClaims"] = [{"name": c, "resourceClaimTemplateName": c} for c in fabric["claims"]]
-        engine["resources"]["claims"] = [{"name": c} for c in fabric["claims"]]
+    claims = FABRICS[spec.launch.fabric].get("claims", ())
+    if claims:
+        pod["resourceClaims"] = [{"name": c, "resourceClaimTemplateName": c} for c in claims]
+        engine["resources"]["claims"] = [{"name": c} for c in claims]
     return pod
+
+
+def _engine(spec: RunSpec, plan: Plan) -> dict[str, Any]:
+    """The container of the supervisor and its ranks."""
+    fabric = FABRICS[spec.launch.fabric]
+    return {
+        "name": ENGINE,
+        "image": spec.launch.image or (CUDA_IMAGE if has_gpus(spec) else DEFAULT_IMAGE),
+        "args": ["node", "--agent", SOCKET],
+        "env": [{"name": key, "value": value} for key, value in sorted(fabric.get("env", {}).items())],
+        "resources": _resources("resources", _engine_memory(spec, plan), _with_gpus(spec), fabric.get("resources", {})),
+        "securityContext": _restricted(fabric.get("capabilities", ())),
+        "volumeMounts": [
+            {"name": "run", "mountPath": "/run/hotstage"},
+            {"name": "work", "mountPath": WORK},
+        ],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+
+
+def _agent(spec: RunSpec, plan: Plan, run: str, launch: str, store_url: str) -> dict[str, Any]:
+    """The container of the checkpoint agent."""
+    agent: dict[str, Any] = {
+        "name": AGENT,
+        "image": spec.launch.agent_image or DEFAULT_AGENT_IMAGE,
+        # a native sidecar: up before the engine, still there while the engine leaves
+        "restartPolicy": "Always",
+        "args": [
+            *("--store", store_url),
+            *("--run", run),
+            *("--launch", launch),
+            *("--node", "$(JOB_COMPLETION_INDEX)"),
+            *("--nodes", str(spec.launch.nodes)),
+            *("--socket", SOCKET),
+            *("--work", WORK),
+            *("--key-file", f"{KEY_FOLDER}/launch.key"),
+            # an address, not a name: a pod keeps it for life, and names come late and are remembered as missing
+            *("--host", "$(POD_IP)"),
+            *("--port-base", str(_ports(spec).start)),
+            *("--metrics", f"$(POD_IP):{METRICS_PORT}"),
+        ],
+        "ports": [{"name": "metrics", "containerPort": METRICS_PORT}],
+        "env": [_from_field("JOB_COMPLETION_INDEX", _INDEX_FIELD), _from_field("POD_IP", "status.podIP")],
+        "resources": _resources("agent_resources", _agent_memory(spec, plan), spec.launch.agent_resources, {}),
+        "securityContext": _restricted(),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "startupProbe": {
+            "exec": {"command": ["test", "-S", SOCKET]},
+            "periodSeconds": 1,
+            "failureThreshold": 120,
+        },
+        "volumeMounts": [
+            {"name": "run", "mountPath": "/run/hotstage"},
+            {"name": "work", "mountPath": WORK},
+            {"name": "launch-key", "mountPath": KEY_FOLDER, "readOnly": True},
+        ],
+    }
+    if spec.launch.store_secret:
+        agent["envFrom"] = [{"secretRef": {"name": spec.launch.store_secret}}]
+    return agent
+
+
+def _restricted(capabilities: Sequence[str] = ()) -> dict[str, Any]:
+    """What a container may: nothing, but for these capabilities."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+        "capabilities": {"drop": ["ALL"], **({"add": list(capabilities)} if capabilities else {})},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
 
 
 def has_gpus(spec: RunSpec) -> bool:
