@@ -248,14 +248,7 @@ class RunState:
         f = codec.Fields(codec.unseal(data, what, max_bytes=MAX_STATE_BYTES, max_depth=codec.RECORD_DEPTH + 2), what)
         version = f.version(STATE_VERSION)
         needs = f.map("needs") if version > 2 else {}
-        for kind, needed in needs.items():
-            if type(needed) is not int or needed < 2:
-                raise Damaged(f"{what}: 'needs' must be versions from 2 on, by kind of record")
-            if needed > known_version(kind):
-                raise OtherVersion(
-                    f"{what}: holds a record of kind {kind[:40]!r} and version {needed}, this hotstage "
-                    f"reads version {known_version(kind)}: use the hotstage that wrote it, or a newer one"
-                )
+        _check_needs(needs, what)
         if f.text("run", 200) != run or f.integer("n", 0) != n:
             raise Damaged(f"{what}: of another run or number")
         base = f.integer("base", 0, n) if version > 1 else 0
@@ -286,10 +279,7 @@ class RunState:
         attempts = [
             parse_attempt(row[0], codec.Fields({"t": row[1]}, what).real("t"), row[2]) for row in rows("attempts", 3)
         ]
-        interventions = []
-        for row in rows("interventions", 4):
-            number, epoch, time, body = header(row, "intervention")
-            interventions.append(parse_intervention(number, epoch, time, body))
+        interventions = [parse_intervention(*header(row, "intervention")) for row in rows("interventions", 4)]
         for key, found in (("attempts", attempts), ("interventions", interventions)):
             numbers = [base, *(x.n for x in found)]
             if not all(a < b for a, b in pairwise(numbers)):
@@ -300,35 +290,20 @@ class RunState:
             if len(row) != 4 or not isinstance(row[0], int):
                 raise Damaged(f"{what}: 'ended' is not 4 entries")
             ended = parse_ended(*header(row, "ended"))
-        pins: dict[str, int] = {}
-        for name, number in f.map("pins").items():
-            if not isinstance(number, int):
-                raise Damaged(f"{what}: a pin names no record")
-            pins[name] = number
-        # version 1 did not say which record buried one: at the latest this, so no fold that builds below leaves it out
-        stones: list[list[Any]] = (
-            [[c, n] for c in f.array("tombstones", n)] if version == 1 else f.array("tombstones", n)
-        )
-        buried: dict[int, int] = {}
-        abandoned: dict[tuple[int, int], int] = {}
-        for stone in stones:
-            match stone:
-                case [int(c), int(by)] if base < by <= n and 0 < c <= n:
-                    buried[c] = by
-                case [int(step), int(epoch), int(by)] if version > 2 and step >= 0 and 0 < epoch < by <= n:
-                    abandoned[step, epoch] = by
-                case _:
-                    raise Damaged(f"{what}: a tombstone names no record, or no step of an attempt")
-        damaged: dict[int, str] = {}
-        for number, why in rows("damaged", 2):
-            damaged[number] = str(why)
+        pins = f.map("pins")
+        if not all(isinstance(number, int) for number in pins.values()):
+            raise Damaged(f"{what}: a pin names no record")
+        stones: Sequence[Any] = f.array("tombstones", n)
+        if version == 1:  # it did not say which record buried one: at the latest this, so no fold below leaves it out
+            stones = [[c, n] for c in stones]
+        buried, abandoned = _graves(stones, base, n, version, what)
         state = cls(
             run=run,
             n=n,
             attempts=(*below.attempts, *attempts),
             checkpoints=points("checkpoints"),
             void=points("void"),
-            damaged=MappingProxyType(damaged),
+            damaged=MappingProxyType({number: str(why) for number, why in rows("damaged", 2)}),
             pins=MappingProxyType(pins),
             buried=MappingProxyType({**below.buried, **buried}),
             abandoned=MappingProxyType(abandoned),
@@ -352,6 +327,35 @@ def _start(interventions: Sequence[Intervention], epoch: int) -> StartPoint | No
         if found.start is not None:
             return found.start
     return None
+
+
+def _check_needs(needs: Mapping[str, Any], what: str) -> None:
+    """OtherVersion where this hotstage cannot read a record that the state was folded from."""
+    for kind, needed in needs.items():
+        if type(needed) is not int or needed < 2:
+            raise Damaged(f"{what}: 'needs' must be versions from 2 on, by kind of record")
+        if needed > known_version(kind):
+            raise OtherVersion(
+                f"{what}: holds a record of kind {kind[:40]!r} and version {needed}, this hotstage "
+                f"reads version {known_version(kind)}: use the hotstage that wrote it, or a newer one"
+            )
+
+
+def _graves(
+    stones: Sequence[Any], base: int, n: int, version: int, what: str
+) -> tuple[dict[int, int], dict[tuple[int, int], int]]:
+    """``buried`` and ``abandoned`` of a state with the records after ``base`` up to ``n``."""
+    buried: dict[int, int] = {}
+    abandoned: dict[tuple[int, int], int] = {}
+    for stone in stones:
+        match stone:
+            case [int(c), int(by)] if base < by <= n and 0 < c <= n:
+                buried[c] = by
+            case [int(step), int(epoch), int(by)] if version > 2 and step >= 0 and 0 < epoch < by <= n:
+                abandoned[step, epoch] = by
+            case _:
+                raise Damaged(f"{what}: a tombstone names no record, or no step of an attempt")
+    return buried, abandoned
 
 
 def _newest(some: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
