@@ -29,7 +29,7 @@ from flows.drive.replays import EXIT_DIFFERS
 from flows.drive.room import lacking_memory
 from flows.drive.run import Prepared, load_spec_of
 from flows.drive.views import Restore, some_steps
-from flows.replay.again import compute, scratch
+from flows.replay.again import Computed, compute, scratch
 from flows.replay.compare import Difference, Suspects, Verdict, first_difference, verdict
 from flows.replay.recorded import StepLine, computed_by, newest_step, read_recorded
 from flows.replay.suspects import Evidence, suspects_of
@@ -107,23 +107,20 @@ def replay_run(
     stop = stop or threading.Event()
     state = RunLog(store, run).fold().of_this_version()
     first, last = _range(run, state, first, last)
-    point = _begin(store, run, state, first)
-    attempts, digest = _line(state, last)
-    _check_computed(run, last, newest_step(store, run, attempts), digest)  # before all of them are asked for
+    point, attempts = _begin(store, run, state, first), state.attempts
+    # of the line that leads here, also where its objects are gone: its digest is in the log
+    saved = next((c for c in state.lineage() if c.step == last), None)
+    _check_computed(run, last, newest_step(store, run, attempts), saved)  # before all of them are asked for
     recorded = read_recorded(store, run, attempts, first + 1, last)
-    if digest is None and not recorded:
+    if saved is None and not recorded:
         raise SpecError(
             f"nothing of steps {first + 1} to {last} of {run} is recorded: its metrics have no line of them and there "
             f"is no checkpoint of step {last}; take a step with a checkpoint as --to (hotstage ckpt ls {run})"
         )
-    computed = computed_by(attempts, first + 1)
-    assert computed is not None
-    prepared = _prepare(store, run, computed, sets)
+    prepared = _prepare(store, run, _attempt_of(attempts, first + 1), sets)
     _check_numerics(prepared, attempts, first, last)
-    newest = computed_by(attempts, last)
-    assert newest is not None
     # what an order amended lies behind where it began: so what was trained last by holds for all steps up to there
-    amended = newest.amendments
+    amended = _attempt_of(attempts, last).amendments
     if last > (total := amended.total(prepared.spec.train.steps)):
         raise SpecError(f"{run} has {total} steps; --to {last} is beyond them")
     _check_memory(prepared)
@@ -134,57 +131,57 @@ def replay_run(
         layout=layout_words(how_map(prepared.spec)),
         compared=len(recorded),
         missing=last - first - len(recorded),
-        digest=digest.state_digest if digest is not None else None,
+        digest=saved.state_digest if saved is not None else None,
         verdict=Verdict.SAME,
     )
     with _pinned(store, point), scratch(out) as folder:
-        told = _Progress(tell, first, last)
-        one = compute(
-            store,
-            prepared,
-            point.restore,
-            last,
-            folder / "1",
-            amendments=amended,
-            stop=stop,
-            engine=engine,
-            stepped=told,
-        )
+
+        def computed(prepared: Prepared, upto: int, name: str) -> Computed:
+            return compute(
+                store,
+                prepared,
+                point.restore,
+                upto,
+                folder / name,
+                amendments=amended,
+                stop=stop,
+                engine=engine,
+                stepped=_Progress(tell, first, upto),
+            )
+
+        one = computed(prepared, last, "1")
         found = first_difference(recorded, one.lines, last, report.digest, one.info.state_digest)
         if found is None:
             return report
         tell(f"step {found.step}: the {found.what} differs; it is computed a second time")
-        told = _Progress(tell, first, found.step)
-        by = computed_by(attempts, found.step)
-        assert by is not None
-        as_it_was = _own_layout(store, run, by, prepared)  # its messages can be compared too
-        two = compute(
-            store,
-            as_it_was,
-            point.restore,
-            found.step,
-            folder / "2",
-            amendments=amended,
-            stop=stop,
-            engine=engine,
-            stepped=told,
-        )
-        ends = found.step == last
-        again = first_difference(
-            _upto(recorded, found.step), two.lines, found.step, report.digest if ends else None, two.info.state_digest
-        )
-        between = first_difference(
-            _upto(one.lines, found.step),
-            two.lines,
-            found.step,
-            one.info.state_digest if ends else None,
-            two.info.state_digest,
-        )
-        said = verdict(found, again, between)
-        evidence = Evidence(found, recorded.get(found.step), two.lines.get(found.step), digest, one.manifest)
+        by = _attempt_of(attempts, found.step)
+        two = computed(_own_layout(store, run, by, prepared), found.step, "2")  # whose messages can be compared too
+        said = _judged(found, recorded, report.digest if found.step == last else None, one, two)
+        evidence = Evidence(found, recorded.get(found.step), two.lines.get(found.step), saved, one.manifest)
         suspects = suspects_of(store, run, by, evidence) if said is Verdict.RUN else None
-        number = [a.epoch for a in state.attempts].index(by.epoch) + 1
+        number = [a.epoch for a in attempts].index(by.epoch) + 1
         return replace(report, verdict=said, difference=found, suspects=suspects, attempt=number)
+
+
+def _attempt_of(attempts: Sequence[AttemptInfo], step: int) -> AttemptInfo:
+    """That computed a step which is known to be computed."""
+    found = computed_by(attempts, step)
+    assert found is not None
+    return found
+
+
+def _judged(
+    found: Difference, recorded: Mapping[int, StepLine], digest: str | None, one: Computed, two: Computed
+) -> Verdict:
+    """What it means that ``one`` differs from what was recorded, now that ``two`` has computed up to there as well.
+
+    ``digest``: recorded of the state at that step, where ``one`` ended there too and one was.
+    """
+    upto = found.step
+    again = first_difference(_upto(recorded, upto), two.lines, upto, digest, two.info.state_digest)
+    mine = one.info.state_digest if one.info.step == upto else None
+    between = first_difference(_upto(one.lines, upto), two.lines, upto, mine, two.info.state_digest)
+    return verdict(found, again, between)
 
 
 def _pinned(store: Store, point: Origin) -> AbstractContextManager[object]:
@@ -246,15 +243,8 @@ def _begin(store: Store, run: str, state: RunState, step: int) -> Origin:
     )
 
 
-def _line(state: RunState, last: int) -> tuple[Sequence[AttemptInfo], CheckpointInfo | None]:
-    """The attempts, and the checkpoint of step ``last`` on the line that leads here, also where its objects are gone:
-    its digest is in the log.
-    """
-    return state.attempts, next((c for c in state.lineage() if c.step == last), None)
-
-
-def _check_computed(run: str, last: int, reached: int, digest: object) -> None:
-    if digest is None and last > reached:
+def _check_computed(run: str, last: int, reached: int, saved: CheckpointInfo | None) -> None:
+    if saved is None and last > reached:
         raise SpecError(f"{run} is known to have computed steps up to {reached} so far; take --to {reached} or less")
 
 
