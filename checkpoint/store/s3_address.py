@@ -7,7 +7,7 @@ the environment and the profile (``s3.S3Store``).
 from __future__ import annotations
 
 import re
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from checkpoint.errors import StoreRefused
 from checkpoint.store.base import check_key
@@ -34,6 +34,30 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
             "AWS_SECRET_ACCESS_KEY or AWS_PROFILE instead (and change them: addresses end up in logs)"
         )
     shown = f"s3://{parts.netloc}{parts.path}"
+    _check_bucket(parts, shown)
+    prefix = _prefix(parts, shown)
+    options = _options(parts.query, shown)
+    endpoint = options.get("endpoint")
+    if endpoint is not None:
+        _check_endpoint(endpoint, shown)
+    style = options.get("path_style", "1" if endpoint else None)
+    if style not in ("0", "1", None):
+        raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")
+    sse, key = options.get("sse"), options.get("kms_key")
+    _check_encryption(sse, key, shown)
+    return S3Store(
+        parts.netloc,
+        prefix,
+        endpoint=endpoint,
+        region=options.get("region"),
+        path_style=None if style is None else style == "1",
+        sse=sse,
+        kms_key=key,
+        retry=retry,
+    )
+
+
+def _check_bucket(parts: SplitResult, shown: str) -> None:
     if parts.netloc.startswith("arn:"):
         raise StoreRefused(
             f"store {shown}: a bucket is said by its name, an access point by its alias (which ends with -s3alias), "
@@ -58,12 +82,25 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
             f"s3://{host['bucket']}{parts.path}" if host["bucket"] else "s3://bucket/prefix?endpoint=http://host:port"
         )
         raise StoreRefused(f"store {shown}: {parts.netloc} is a server's name, not a bucket's: write {wanted}")
+
+
+def _prefix(parts: SplitResult, shown: str) -> str:
     if "//" in parts.path:
         raise StoreRefused(
             f"store {shown}: a prefix has no empty part (//), which is one of a name to S3: write "
             f"s3://{'/'.join(filter(None, (parts.netloc, *parts.path.split('/'))))}"
         )
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    prefix = parts.path.strip("/")
+    if prefix:
+        try:
+            check_key(prefix)
+        except StoreRefused as error:
+            raise StoreRefused(f"store {shown}: its prefix cannot be; {error}") from error
+    return prefix
+
+
+def _options(query: str, shown: str) -> dict[str, str]:
+    pairs = parse_qsl(query, keep_blank_values=True)
     options = dict(pairs)
     unknown = sorted(options.keys() - set(OPTIONS))
     if unknown:
@@ -74,30 +111,25 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
     if twice is not None:
         why = "has no value: write one, or leave it out" if not options[twice] else "stands twice: leave one of them"
         raise StoreRefused(f"store {shown}: option {twice} {why}")
-    prefix = parts.path.strip("/")
-    if prefix:
-        try:
-            check_key(prefix)
-        except StoreRefused as error:
-            raise StoreRefused(f"store {shown}: its prefix cannot be; {error}") from error
-    endpoint = options.get("endpoint")
-    if endpoint is not None:
-        try:
-            at = urlsplit(endpoint)
-            _ = at.port
-        except ValueError as error:
-            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port: {error}") from error
-        if at.scheme not in ("http", "https") or not at.hostname or at.query or at.fragment:
-            raise StoreRefused(f"store {shown}: the endpoint must be http://host:port or https://host:port")
-        if at.path.strip("/"):
-            raise StoreRefused(
-                f"store {shown}: the endpoint has the path {at.path[:80]!r}, and servers of S3 answer at their root: "
-                f"write {at.scheme}://{at.netloc}, without it; folders belong to s3://bucket/prefix"
-            )
-    style = options.get("path_style", "1" if endpoint else None)
-    if style not in ("0", "1", None):
-        raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")
-    sse, key = options.get("sse"), options.get("kms_key")
+    return options
+
+
+def _check_endpoint(endpoint: str, shown: str) -> None:
+    try:
+        at = urlsplit(endpoint)
+        _ = at.port
+    except ValueError as error:
+        raise StoreRefused(f"store {shown}: the endpoint must be http://host:port: {error}") from error
+    if at.scheme not in ("http", "https") or not at.hostname or at.query or at.fragment:
+        raise StoreRefused(f"store {shown}: the endpoint must be http://host:port or https://host:port")
+    if at.path.strip("/"):
+        raise StoreRefused(
+            f"store {shown}: the endpoint has the path {at.path[:80]!r}, and servers of S3 answer at their root: "
+            f"write {at.scheme}://{at.netloc}, without it; folders belong to s3://bucket/prefix"
+        )
+
+
+def _check_encryption(sse: str | None, key: str | None, shown: str) -> None:
     if sse is not None and sse not in ENCRYPTION:
         raise StoreRefused(
             f"store {shown}: sse is {', '.join(ENCRYPTION[:-1])} or {ENCRYPTION[-1]}, not {sse[:40]!r}; where it is "
@@ -107,13 +139,3 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
         raise StoreRefused(
             f"store {shown}: kms_key is the id, the alias or the ARN of a key, and needs sse=aws:kms beside it"
         )
-    return S3Store(
-        parts.netloc,
-        prefix,
-        endpoint=endpoint,
-        region=options.get("region"),
-        path_style=None if style is None else style == "1",
-        sse=sse,
-        kms_key=key,
-        retry=retry,
-    )
