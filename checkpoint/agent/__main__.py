@@ -104,13 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.with_parent is not None and not _end_with(args.with_parent):
         return 75
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines(args.run, args.node))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("botocore", "boto3", "urllib3", "s3transfer"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    log = logging.getLogger("checkpoint.agent")
-
+    log = _speak(args.run, args.node)
     threading.excepthook = _on_thread_bug
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -166,6 +160,16 @@ def main(argv: list[str] | None = None) -> int:
         (work / METRICS_FILE).unlink(missing_ok=True)
     log.info("the agent leaves with %d", code)
     return code
+
+
+def _speak(run: str, node: int) -> logging.Logger:
+    """This process's lines, as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines(run, node))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for noisy in ("botocore", "boto3", "urllib3", "s3transfer"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return logging.getLogger("checkpoint.agent")
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -235,43 +235,7 @@ def _word(error: BaseException) -> str:
 
 def _translated(error: BaseException, what: str, store: str, key: str) -> StoreError | Damaged:
     if isinstance(error, botocore.exceptions.ClientError):
-        answer = error.response
-        text = str(answer.get("Error", {}).get("Message", ""))[:300]
-        meta = answer.get("ResponseMetadata", {})
-        status = int(meta.get("HTTPStatusCode", 0) or 0)
-        code = str(answer.get("Error", {}).get("Code", "?")) or str(status)  # a page of HTML has none
-        request = str(meta.get("RequestId", "") or "none")
-        said = f"{what}: {store} answered {status} {code} ({text}; request {request})"
-        if error.operation_name in _ROLES and code not in _RETRY_CODES and status not in _RETRY_STATUS:
-            expired = code in _EXPIRED_CODES
-            why = "the token that says who this is has expired" if expired else "no credentials were given"
-            kind = CredentialsExpired if expired else CredentialsRefused
-            return kind(
-                f"{said}: {error.operation_name}: {why}; look at the role (AWS_ROLE_ARN, or the profile's role_arn), "
-                "whom it trusts, and AWS_WEB_IDENTITY_TOKEN_FILE"
-            )
-        if code in ("NoSuchKey", "404", "NotFound"):
-            if error.operation_name == "ListObjectsV2":
-                return StoreRefused(f"{said}: there is no such bucket, or {NOT_S3}")
-            return NotFound(key, store)
-        if code == "InvalidRange" or status == 416:
-            return Damaged(f"{said}: the object was cut short")
-        if code in _EXPIRED_CODES:
-            return CredentialsExpired(said)
-        if code in _UNKNOWN_CODES:
-            return CredentialsRefused(f"{said}: {_MEND.get(code, 'check the credentials')}")
-        writes = error.operation_name.startswith(("Put", "Upload", "Create", "Complete"))
-        if _CAP.search(text) or (writes and (_FULL.search(code) or _FULL.search(text))):
-            return StoreFull(
-                f"{said}: the store is full, or over its quota or cap; nothing that was there is lost: free space, or "
-                "raise the limit, and it goes on"
-            )
-        if code in _RETRY_CODES or ((status in _RETRY_STATUS or status >= _OF_PROXIES) and code not in _MEND):
-            return StoreUnavailable(said)
-        mend = _LACKS if _HEADER.search(text) else _MEND.get(code, _OTHER)
-        if code.startswith("KMS.") or "kms:" in text:
-            mend = _KMS_KEY
-        return StoreRefused(f"{said}: {mend}")
+        return _answered(error, what, store, key)
     if (refused := _unsent(error, what, store)) is not None:
         return refused
     said = f"{what}: {store}: {type(error).__name__}: {_without_login(str(error))[:300]}"
@@ -309,6 +273,47 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
     if isinstance(error, _RETRY) and not isinstance(error, _NO_RETRY):
         return StoreUnavailable(said)
     return StoreRefused(f"{said}; check the address, the credentials and boto3's configuration")
+
+
+def _answered(error: botocore.exceptions.ClientError, what: str, store: str, key: str) -> StoreError | Damaged:
+    """Of what the server said."""
+    answer = error.response
+    text = str(answer.get("Error", {}).get("Message", ""))[:300]
+    meta = answer.get("ResponseMetadata", {})
+    status = int(meta.get("HTTPStatusCode", 0) or 0)
+    code = str(answer.get("Error", {}).get("Code", "?")) or str(status)  # a page of HTML has none
+    request = str(meta.get("RequestId", "") or "none")
+    said = f"{what}: {store} answered {status} {code} ({text}; request {request})"
+    if error.operation_name in _ROLES and code not in _RETRY_CODES and status not in _RETRY_STATUS:
+        expired = code in _EXPIRED_CODES
+        why = "the token that says who this is has expired" if expired else "no credentials were given"
+        kind = CredentialsExpired if expired else CredentialsRefused
+        return kind(
+            f"{said}: {error.operation_name}: {why}; look at the role (AWS_ROLE_ARN, or the profile's role_arn), "
+            "whom it trusts, and AWS_WEB_IDENTITY_TOKEN_FILE"
+        )
+    if code in ("NoSuchKey", "404", "NotFound"):
+        if error.operation_name == "ListObjectsV2":
+            return StoreRefused(f"{said}: there is no such bucket, or {NOT_S3}")
+        return NotFound(key, store)
+    if code == "InvalidRange" or status == 416:
+        return Damaged(f"{said}: the object was cut short")
+    if code in _EXPIRED_CODES:
+        return CredentialsExpired(said)
+    if code in _UNKNOWN_CODES:
+        return CredentialsRefused(f"{said}: {_MEND.get(code, 'check the credentials')}")
+    writes = error.operation_name.startswith(("Put", "Upload", "Create", "Complete"))
+    if _CAP.search(text) or (writes and (_FULL.search(code) or _FULL.search(text))):
+        return StoreFull(
+            f"{said}: the store is full, or over its quota or cap; nothing that was there is lost: free space, or "
+            "raise the limit, and it goes on"
+        )
+    if code in _RETRY_CODES or ((status in _RETRY_STATUS or status >= _OF_PROXIES) and code not in _MEND):
+        return StoreUnavailable(said)
+    mend = _LACKS if _HEADER.search(text) else _MEND.get(code, _OTHER)
+    if code.startswith("KMS.") or "kms:" in text:
+        mend = _KMS_KEY
+    return StoreRefused(f"{said}: {mend}")
 
 
 _OTHER_NAME, _OTHER_TIME = (62, 63, 64), (9, 10)

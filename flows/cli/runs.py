@@ -207,9 +207,15 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
         if attempt["layout"] != layout:
             layout = attempt["layout"]
             say(f"{'':>14}{layout}" + (", because of no room for more" if attempt["fallback"] else ""))
-    kept = [c for c in told["checkpoints"] if not c["given_up"]]
+    _say_checkpoints(told["run"], told["checkpoints"], store)
+    return code
+
+
+def _say_checkpoints(run: str, checkpoints: list[dict[str, Any]], store: str | None) -> None:
+    """The newest of those that are kept; of the others how many."""
+    kept = [c for c in checkpoints if not c["given_up"]]
     if len(kept) > CHECKPOINTS_SHOWN:
-        more = f"hotstage ckpt ls {told['run']}{with_store(store)}"
+        more = f"hotstage ckpt ls {run}{with_store(store)}"
         say(f"  {len(kept) - CHECKPOINTS_SHOWN:,} older: {more}")
     for checkpoint in kept[-CHECKPOINTS_SHOWN:]:
         flag = "" if checkpoint["usable"] else "  (not usable)"
@@ -218,9 +224,8 @@ def show_run(run: str, store: str | None, as_json: bool) -> int:
             f"  checkpoint at step {checkpoint['step']:>6}  attempt {checkpoint['attempt']:>3}  "
             f"{checkpoint['state_digest']}{flag}"
         )
-    if gone := sum(checkpoint["given_up"] for checkpoint in told["checkpoints"]):
+    if gone := len(checkpoints) - len(kept):
         say(f"  and {gone} checkpoint(s) that its rules gave up")
-    return code
 
 
 runs.add_command(watch)

@@ -16,7 +16,7 @@ from trainer import models, wire
 from trainer.cores import usable_cpus
 from trainer.dataset import DatasetRef
 from trainer.errors import PlanError
-from trainer.models.base import Weight, tensor_table
+from trainer.models.base import Call, Weight, tensor_table
 from trainer.plan import schedule_file, steady
 from trainer.plan.compiled import Plan
 from trainer.plan.delays import with_delays
@@ -270,13 +270,7 @@ def expand(
         )
 
     whole = stage(range(spec.model.layers), True)
-    costs = [0] * spec.model.layers
-    head = 0
-    for call in whole.forward:
-        if call.layer is None:
-            head += call_cost(call)
-        else:
-            costs[call.layer] += call_cost(call)
+    costs, head = _costs(whole.forward, spec.model.layers)
     if spec.parallel.recompute.of_stage(0) is None:  # every layer; else which ones depends on the split
         again = sum(call_cost(call, alone=True) for call in stage(range(1), False).backward if call.part == "R")
         costs = [cost + cost * again // costs[0] for cost in costs]
@@ -293,6 +287,17 @@ def expand(
         numbers = range(len(parts.positions))
         found += [expand_part(spec.model, matrix, *sizes, part, parts.stage(part)) for part in numbers]
     return tuple(found)
+
+
+def _costs(calls: Sequence[Call], layers: int) -> tuple[list[int], int]:
+    """Of each layer, and of what is in none."""
+    costs, head = [0] * layers, 0
+    for call in calls:
+        if call.layer is None:
+            head += call_cost(call)
+        else:
+            costs[call.layer] += call_cost(call)
+    return costs, head
 
 
 def _again(recompute: RecomputeSpec, stage: Stage | None, layers: int, split: bool) -> int:
