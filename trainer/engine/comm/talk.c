@@ -42,11 +42,56 @@ static void connected(hs_greeter *g, hs_talk *t) {
     t->at = t->sender ? HS_TALK_DONE : HS_TALK_FREE;
 }
 
-/* A phase moved all its bytes: check them and choose the next. */
-static hs_status next_phase(hs_greeter *g, hs_talk *t, hs_why *why) {
+/* I1: whether the channel is connected already; then this one is turned away. */
+static bool connected_already(hs_greeter *g, hs_talk *t) {
+    char text[128];
+    if (g->fds[t->channel] < 0) return false;
+    (void)snprintf(text, sizeof text,
+                   "channel %u is already connected: a second process of rank %u?", t->channel,
+                   t->theirs.from);
+    hs_talk_turn_away(g, t, text);
+    return true;
+}
+
+/* Whether their message code is the one that this attempt's key gives; else they are turned away. */
+static bool holds_key(hs_greeter *g, hs_talk *t, const uint8_t expected[32], const uint8_t *mac) {
+    if (hs_bytes_equal(expected, mac, 32)) return true;
+    hs_talk_turn_away(g, t, "its message code is wrong: it does not hold this attempt's key");
+    return false;
+}
+
+static hs_status got_hello(hs_greeter *g, hs_talk *t, hs_why *why) {
     const hs_comm_config *config = g->config;
     char text[128];
-    const char *wrong = NULL;
+    uint8_t expected[32];
+    const char *wrong = hs_hello_bad_form(&t->theirs);
+    if (!wrong && !t->sender) {
+        t->channel = t->theirs.channel;
+        if (t->channel >= config->channel_count ||
+            hs_greet_peer(config, t->channel, false) == UINT32_MAX) {
+            (void)snprintf(text, sizeof text, "channel %u does not end at this rank", t->channel);
+            wrong = text;
+        } else if (hs_hello_start(config, t->channel, &t->mine, why) != HS_OK) {
+            return HS_E_IO;
+        }
+    }
+    if (!wrong) wrong = hs_hello_disagreement(&t->theirs, &t->mine, text, sizeof text);
+    if (wrong) {
+        hs_talk_turn_away(g, t, wrong);
+    } else if (t->sender) {
+        hs_hello_sign(config, 'R', &t->mine, &t->theirs, expected);
+        if (!holds_key(g, t, expected, t->theirs.mac)) return HS_OK;
+        hs_hello_sign(config, 'S', &t->mine, &t->theirs, t->mac);
+        t->at = HS_TALK_PUT_MAC;
+    } else if (!connected_already(g, t)) {
+        hs_hello_sign(config, 'R', &t->theirs, &t->mine, t->mine.mac);
+        t->at = HS_TALK_PUT_HELLO;
+    }
+    return HS_OK;
+}
+
+/* A phase moved all its bytes: check them and choose the next. */
+static hs_status next_phase(hs_greeter *g, hs_talk *t, hs_why *why) {
     uint8_t expected[32];
     t->moved = 0;
     switch (t->at) {
@@ -54,54 +99,13 @@ static hs_status next_phase(hs_greeter *g, hs_talk *t, hs_why *why) {
         t->at = t->sender ? HS_TALK_GET_HELLO : HS_TALK_GET_MAC;
         break;
     case HS_TALK_GET_HELLO:
-        wrong = hs_hello_bad_form(&t->theirs);
-        if (!wrong && !t->sender) {
-            t->channel = t->theirs.channel;
-            if (t->channel >= config->channel_count ||
-                hs_greet_peer(config, t->channel, false) == UINT32_MAX) {
-                (void)snprintf(text, sizeof text, "channel %u does not end at this rank",
-                               t->channel);
-                wrong = text;
-            } else if (hs_hello_start(config, t->channel, &t->mine, why) != HS_OK) {
-                return HS_E_IO;
-            }
-        }
-        if (!wrong) wrong = hs_hello_disagreement(&t->theirs, &t->mine, text, sizeof text);
-        if (wrong) {
-            hs_talk_turn_away(g, t, wrong);
-        } else if (t->sender) {
-            hs_hello_sign(config, 'R', &t->mine, &t->theirs, expected);
-            if (!hs_bytes_equal(expected, t->theirs.mac, sizeof expected)) {
-                hs_talk_turn_away(g, t,
-                                  "its message code is wrong: it does not hold this attempt's key");
-                break;
-            }
-            hs_hello_sign(config, 'S', &t->mine, &t->theirs, t->mac);
-            t->at = HS_TALK_PUT_MAC;
-        } else if (g->fds[t->channel] >= 0) { /* I1 */
-            (void)snprintf(text, sizeof text,
-                           "channel %u is already connected: a second process of rank %u?",
-                           t->channel, t->theirs.from);
-            hs_talk_turn_away(g, t, text);
-        } else {
-            hs_hello_sign(config, 'R', &t->theirs, &t->mine, t->mine.mac);
-            t->at = HS_TALK_PUT_HELLO;
-        }
-        break;
+        return got_hello(g, t, why);
     case HS_TALK_PUT_MAC:
         t->at = HS_TALK_GET_WORD;
         break;
     case HS_TALK_GET_MAC:
-        hs_hello_sign(config, 'S', &t->theirs, &t->mine, expected);
-        if (!hs_bytes_equal(expected, t->mac, sizeof expected)) {
-            hs_talk_turn_away(g, t,
-                              "its message code is wrong: it does not hold this attempt's key");
-        } else if (g->fds[t->channel] >= 0) { /* I1 */
-            (void)snprintf(text, sizeof text,
-                           "channel %u is already connected: a second process of rank %u?",
-                           t->channel, t->theirs.from);
-            hs_talk_turn_away(g, t, text);
-        } else {
+        hs_hello_sign(g->config, 'S', &t->theirs, &t->mine, expected);
+        if (holds_key(g, t, expected, t->mac) && !connected_already(g, t)) {
             t->word = 1;
             t->at = HS_TALK_PUT_WORD;
         }

@@ -98,8 +98,7 @@ static void print_kernel(uint32_t number) {
     (void)printf("]]");
 }
 
-void hs_wire_print(void) {
-    (void)printf("{\"structs\": {");
+static void print_structs(void) {
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
         const field *f = &fields[i];
         if (!f->name) {
@@ -110,13 +109,9 @@ void hs_wire_print(void) {
                          f->size);
         }
     }
-    (void)printf("}}},\n\"kernels\": {");
-    for (uint32_t k = 1; k < HS_K_COUNT; k++) print_kernel(k);
-    (void)printf("},\n\"paths\": {");
-#define X(number, NAME, name) (void)printf("%s\"%s\": %d", number ? ", " : "", name, number);
-    HS_PATHS(X)
-#undef X
-    (void)printf("},\n\"exits\": {");
+}
+
+static void print_exits(void) {
     static const struct {
         int code;
         const char *name, *cls, *text;
@@ -129,7 +124,9 @@ void hs_wire_print(void) {
         (void)printf("%s\"%d\": [\"%s\", \"%s\", \"%s\"]", i ? ", " : "", exits[i].code,
                      exits[i].name, exits[i].cls, exits[i].text);
     }
-    (void)printf("},\n\"messages\": {");
+}
+
+static void print_messages(void) {
     static const struct {
         const char *name;
         int number;
@@ -141,7 +138,9 @@ void hs_wire_print(void) {
     for (size_t i = 0; i < sizeof messages / sizeof *messages; i++) {
         (void)printf("%s\"%s\": %d", i ? ", " : "", messages[i].name, messages[i].number);
     }
-    (void)printf("},\n\"numbers\": {");
+}
+
+static void print_numbers(void) {
     static const struct {
         const char *name;
         unsigned long long value;
@@ -235,6 +234,23 @@ void hs_wire_print(void) {
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         (void)printf("%s\"%s\": %llu", i ? ", " : "", numbers[i].name, numbers[i].value);
     }
+}
+
+void hs_wire_print(void) {
+    (void)printf("{\"structs\": {");
+    print_structs();
+    (void)printf("}}},\n\"kernels\": {");
+    for (uint32_t k = 1; k < HS_K_COUNT; k++) print_kernel(k);
+    (void)printf("},\n\"paths\": {");
+#define X(number, NAME, name) (void)printf("%s\"%s\": %d", number ? ", " : "", name, number);
+    HS_PATHS(X)
+#undef X
+    (void)printf("},\n\"exits\": {");
+    print_exits();
+    (void)printf("},\n\"messages\": {");
+    print_messages();
+    (void)printf("},\n\"numbers\": {");
+    print_numbers();
     (void)printf("},\n\"workspace_bytes\": [%zu, %zu]}\n", hs_kernels_scratch_bytes(1),
                  hs_kernels_scratch_bytes(3));
 }
