@@ -42,7 +42,7 @@ SERVER_UP_S = 90.0
 class Prefect:
     """How this process reaches Prefect: the server that Prefect's settings name, else one of its own while it runs.
 
-    ``connect`` is called by a page's thread until it gives a client.
+    ``connect`` is called by a page's thread until it gives a client; a sweep's pages call it at once.
     """
 
     own: PrefectServer | None = None
@@ -53,13 +53,14 @@ class Prefect:
     _looked: bool = False
     _dead: bool = False
     _told: bool = False
+    _looking: threading.Lock = field(default_factory=threading.Lock)
 
     def connect(self) -> Client | None:
+        with self._looking:
+            if not self._looked and not self._dead:
+                self._look()
         if self._dead:
             raise NoPrefect
-        if not self._looked:
-            self._look()
-            return self.connect()
         if self._found is not None:
             if not self._told and not answers():
                 self._told = True
@@ -102,7 +103,8 @@ class Prefect:
             atexit.register(self.own.stop)
 
     def close(self) -> None:
-        self._dead = True
+        with self._looking:  # a server that is being started is stopped too
+            self._dead = True
         if self.own is not None:
             self.own.stop()
 

@@ -13,12 +13,13 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 LINES = 50
 """Of what a server says, kept to tell why it did not come up."""
@@ -47,7 +48,7 @@ class PrefectServer:
     """More of Prefect's settings for it, as environment variables."""
     _said: deque[bytes] = field(default_factory=lambda: deque(maxlen=LINES))
     """The newest lines of one without a log."""
-    _hearer: threading.Thread | None = None
+    _keeper: threading.Thread | None = None
 
     @property
     def api(self) -> str:
@@ -89,25 +90,36 @@ class PrefectServer:
             args.append("--no-services")
         if shutil.which("setpriv"):  # util-linux: nobody's server does not outlive a killed command
             args = ["setpriv", "--pdeathsig", "TERM", *args]
-        with contextlib.ExitStack() as stack:
-            out: Any = stack.enter_context(open(self.log, "ab")) if self.log else subprocess.PIPE
-            self.process = subprocess.Popen(
-                args, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        if self.process.stdout is not None:
-            self._hearer = threading.Thread(target=self._hear, args=(self.process.stdout,), daemon=True)
-            self._hearer.start()
+        begun: Future[None] = Future()
+        self._keeper = threading.Thread(target=self._keep, args=(args, env, begun), name="prefect-server", daemon=True)
+        self._keeper.start()
+        begun.result()
 
-    def _hear(self, words: IO[bytes]) -> None:
-        with words:
-            self._said.extend(words)
+    def _keep(self, args: Sequence[str], env: Mapping[str, str], begun: Future[None]) -> None:
+        """The kernel ends the server with the thread that has started it, not with the process: so that is one that
+        goes on as long as the server does."""
+        try:
+            with contextlib.ExitStack() as stack:
+                out: Any = stack.enter_context(open(self.log, "ab")) if self.log else subprocess.PIPE
+                self.process = process = subprocess.Popen(
+                    args, env=env, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                )  # fmt: skip
+        except BaseException as error:
+            begun.set_exception(error)
+            return
+        begun.set_result(None)
+        if process.stdout is not None:
+            with process.stdout as words:
+                self._said.extend(words)
+        process.wait()
 
     def why_not_up(self) -> str:
         """What to say of a server that did not come up: its folder, its database, or its last word; empty where nobody
         knows.
         """
-        if self._hearer is not None and self.process is not None and self.process.poll() is not None:
-            self._hearer.join(1.0)
+        if self._keeper is not None and self.process is not None and self.process.poll() is not None:
+            self._keeper.join(1.0)
         lines = self.log.read_bytes().splitlines()[-LINES:] if self.log and self.log.exists() else list(self._said)
         text = [line.decode(errors="replace").strip() for line in lines]
         error = next((line for line in reversed(text) if re.match(r"[\w.]*(Error|Exception)\b", line)), "")

@@ -23,10 +23,22 @@ from prefect.settings import (
 )
 
 from flows.cli.main import exit_code_of
-from flows.prefect_api import Client, Configured, Gone, PrefectSettingsError, Refused, answers, configured, why_not
+from flows.hosting import Prefect
+from flows.prefect_api import (
+    Client,
+    Configured,
+    Gone,
+    NoPrefect,
+    PrefectSettingsError,
+    Refused,
+    answers,
+    configured,
+    why_not,
+)
 from flows.prefect_server import PrefectServer
 from flows.serve import Server
 from tests.support.certificates import served
+from tests.support.wait import wait_for
 from trainer.presets import PRESETS
 
 
@@ -253,6 +265,55 @@ def test_a_server_without_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PREFECT_HOME", "/proc/none")
     monkeypatch.setattr("os.access", lambda path, _: Path("/proc") not in (path, *Path(path).parents))
     assert PrefectServer(None).why_not_up().endswith("which cannot be written: name another folder with PREFECT_HOME")
+
+
+def test_a_server_of_ones_own_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
+    """The first run of a sweep that ended took the server, and with it the pages of all the others."""
+    server = PrefectServer(tmp_path / "prefect")
+    first = threading.Thread(target=server.start)
+    first.start()
+    first.join()
+    try:
+        assert server.wait(90), server.why_not_up()
+    finally:
+        server.stop()
+
+
+def test_pages_that_ask_at_once_wait_for_the_one_that_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two runs of a sweep one lost its page, with an AssertionError."""
+    asked, looks, found = list[str](), threading.Event(), list[BaseException]()
+
+    class Looking:
+        lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            asked.append(threading.current_thread().name)
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+
+    def look() -> None:
+        looks.wait(60)
+        raise PrefectSettingsError("a profile that is broken")
+
+    def ask() -> None:
+        try:
+            prefect.connect()
+        except (NoPrefect, AssertionError) as error:
+            found.append(error)
+
+    monkeypatch.setattr("flows.hosting.configured", look)
+    prefect = Prefect()
+    prefect._looking = Looking()  # type: ignore[assignment]
+    pages = [threading.Thread(target=ask) for _ in range(2)]
+    for page in pages:
+        page.start()
+    wait_for(lambda: len(asked) == 2 or found, "both to ask", 60)
+    looks.set()
+    for page in pages:
+        page.join()
+    assert [type(error) for error in found] == [NoPrefect, NoPrefect]
 
 
 @pytest.mark.parametrize(
