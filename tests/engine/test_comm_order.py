@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tests.engine.comm_peer import Gang, run_loop
+from tests.trainer.plan.message_ends import MessageEnd, check_channels
 from tests.trainer.plan.test_columns import random_schedule
 from trainer.errors import PlanError
-from trainer.plan.channels import MessageEnd, check_channels
 from trainer.plan.messages import insert_messages
 from trainer.plan.places import Position, Stage
 from trainer.plan.rows import Action, Row

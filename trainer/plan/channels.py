@@ -11,7 +11,7 @@ operations on one column of all positions; there are about as many as the longes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,32 +28,6 @@ class Ends:
     channel: NDArray[np.int32]
     is_send: NDArray[np.bool_]
     label: NDArray[np.signedinteger]
-
-
-@dataclass(frozen=True, slots=True)
-class MessageEnd:
-    """One end of a message, as a position's list has it. ``label`` is the same at both ends; ``text`` is for people."""
-
-    channel: Hashable
-    is_send: bool
-    label: Hashable
-    text: str
-
-
-def check_channels(rows: Sequence[Sequence[MessageEnd]]) -> None:
-    """``check_ends`` of messages whose channels and labels are any values."""
-    channels: dict[Hashable, int] = {}
-    labels: dict[Hashable, int] = {}
-    ends = [
-        Ends(
-            np.array([channels.setdefault(m.channel, len(channels)) for m in row], np.int32),
-            np.array([m.is_send for m in row], np.bool_),
-            np.array([labels.setdefault(m.label, len(labels)) for m in row], np.int32),
-        )
-        for row in rows
-    ]
-    names = list(channels)
-    check_ends(ends, len(names), lambda position, place: rows[position][place].text, names.__getitem__)
 
 
 def check_ends(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import log
 
 from trainer.planner.cluster import ClusterSpec, parse_cluster
 from trainer.planner.costs import ModelCosts, Sizes, model_costs
@@ -239,10 +239,3 @@ def table(runs: Iterable[PublishedRun] = RUNS) -> str:
             f"{found.mfu / published - 1:+.0%} | {'fitted' if run.fitted else 'missed' if run.missed else ''} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def mean_error(runs: Iterable[PublishedRun] = RUNS) -> float:
-    """Of the rows that were neither fitted nor missed, the geometric mean of how far foretold is from published."""
-    kept = [run for run in runs if not run.fitted and not run.missed]
-    errors = [abs(log(run.foretold().mfu / run.published_mfu())) for run in kept]
-    return exp(sum(errors) / len(errors)) - 1

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
+from tests.trainer.plan.message_ends import MessageEnd
 from trainer.errors import PlanError
-from trainer.plan.channels import MessageEnd
 from trainer.plan.memory import Interval, align
 from trainer.plan.messages import UNIT_COST
 from trainer.plan.rows import Action, Rows
@@ -223,8 +223,7 @@ class _Player:
 def check_channels(rows: Sequence[Sequence[MessageEnd]]) -> None:
     """Every send is matched by a receive of the same label, in order on its channel, and rendezvous does not deadlock.
 
-    A channel has one sending and one receiving position. Works on any messages, those of the optimizer step included:
-    the lowering pass calls it on what it wrote into the plan.
+    A channel has one sending and one receiving position. Works on any messages, those of the optimizer step included.
     """
     ends: dict[tuple[Hashable, bool], int] = {}
     lists: dict[tuple[Hashable, bool], list[tuple[int, int, MessageEnd]]] = {}

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.trainer.plan import one_by_one
+from tests.trainer.plan.message_ends import MessageEnd, check_channels
 from trainer import wire
 from trainer.errors import PlanError
 from trainer.plan import check, layout, memory, messages, schedules, simulate, slots
-from trainer.plan.channels import MessageEnd, check_channels
 from trainer.plan.memory import Interval
 from trainer.plan.places import Stage
 from trainer.plan.records import ActionList, BoundAction

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.trainer.plan.message_ends import MessageEnd, check_channels
 from trainer.errors import PlanError
 from trainer.plan import messages, rows, schedules
-from trainer.plan.channels import MessageEnd, check_channels
 from trainer.plan.check import check_lowered, check_schedule
 from trainer.plan.messages import free_slots_early, insert_messages
 from trainer.plan.places import Pipeline
