@@ -3,6 +3,7 @@
 v 1
 vocab, eot        size of the vocabulary; the token that ends a document, or None
 begin             the token that begins each document; missing where none does
+talk              of conversations, how they are written: {template, tokens {name: token}}; missing where there are none
 token_bytes       of a stored token: 2 or 4
 shards            [{tokens, bytes, sha256 (hex)}...] of ``00000.bin`` and on
 tokenizer_sha256  of ``tokenizer.json`` (hex)
@@ -41,6 +42,7 @@ MASK_VERSION = 3
 MAX_STEPS = 1 << 40
 MAX_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
+_MAX_TEMPLATE = 1 << 20
 LEAF_BYTES = 64 << 10
 """About a block of the shuffle; a multiple of the disk's blocks, so that leaves can be given back alone."""
 LEAF_ALIGN = 4096
@@ -79,6 +81,8 @@ class DatasetManifest:
     begin: int | None = None
     inputs: str | None = None
     """Of what it was made (hex)."""
+    talk: dict[str, object] | None = None
+    """How its conversations are written, as the manifest has it."""
     parts: tuple[tuple[str, int], ...] = ()
     """Of a mixture: the digest of each part, and how many of the shards are its, in order; those lie under its name."""
     phases: tuple[tuple[int, tuple[int, ...]], ...] = ()
@@ -116,9 +120,20 @@ def parse_dataset_manifest(data: bytes, digest: str) -> DatasetManifest:
         shards=tuple(_shard(row, f"{what}, shard {number}") for number, row in enumerate(rows)),
         tokenizer_sha256=f.hex("tokenizer_sha256"),
         inputs=f.text("inputs", 64) if f.has("inputs") else None,
+        talk=_talk(f, what) if f.has("talk") else None,
         parts=tuple((digest, len(own)) for digest, own in parts),
         phases=_phases(f, len(parts), what) if parts else (),
     )
+
+
+def _talk(f: codec.Fields, what: str) -> dict[str, object]:
+    talk = codec.Fields(f.map("talk"), f"{what}, talk")
+    named = talk.map("tokens")
+    tokens = codec.Fields(named, f"{what}, the tokens of its talk")
+    return {
+        "template": talk.text("template", _MAX_TEMPLATE),
+        "tokens": {str(name): tokens.text(name) for name in sorted(map(str, named))},
+    }
 
 
 def _parts(f: codec.Fields, what: str) -> list[tuple[str, list[object]]]:

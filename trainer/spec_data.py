@@ -91,6 +91,18 @@ class DataSpec(Section):
         description="key or column that holds what the text answers (jsonl, parquet, hf): its tokens are read before "
         "the text's, and only the prediction of the text and of the document's end counts; unset: all counts",
     )
+    messages: str | None = Field(
+        None,
+        min_length=1,
+        description="key or column that holds a conversation (jsonl, parquet, hf): a chat template makes a text of it, "
+        "of which what the assistant says counts; unset: texts",
+    )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description='file of the Jinja template that conversations are written by, or "chatml"; unset: the one beside '
+        "data.tokenizer",
+    )
     filter: FilterSpec | None = Field(None, description="which documents stay; unset: all")
     dedupe: DedupeSpec | None = Field(None, description="which documents are taken once; unset: none")
     validation: float = Field(
@@ -133,8 +145,15 @@ class DataSpec(Section):
         entry = self.mix[number]
         made: dict[str, Any] = {"filter": None, "dedupe": None} if entry.source.startswith("dataset:") else {}
         values = {key: getattr(self, key) for key in type(self).model_fields}
-        own = {"source": entry.source, "field": entry.field, "prompt_field": entry.prompt_field}
+        own = {key: getattr(entry, key) for key in ("source", "field", "prompt_field", "messages")}
+        if entry.messages is None:
+            own["chat_template"] = None
         return DataSpec.model_validate(values | made | {"mix": ()} | own)
+
+    @property
+    def masks(self) -> bool:
+        """Whether not all of its text counts."""
+        return self.prompt_field is not None or self.messages is not None
 
     def packing_of(self, end: int | None) -> Literal["across", "within"]:
         """``packing``, or what it is where it is unset. ``end``: the token that ends a document of the data."""
@@ -156,11 +175,12 @@ class DataSpec(Section):
                 f"validation {self.validation} with mix: of which part it would be is not said; leave it out, and name "
                 "data of its own in [validation]"
             )
-        if self.prompt_field is not None:
-            raise ValueError(
-                f"prompt_field {shown(self.prompt_field)} with mix: which part has prompts is not said; name it in the "
-                "tables of those parts"
-            )
+        for key, what in (("prompt_field", "prompts"), ("messages", "conversations")):
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"{key} {shown(getattr(self, key))} with mix: which part has {what} is not said; name it in the "
+                    "tables of those parts"
+                )
         for number in range(len(self.mix)):
             try:
                 self.part(number)
@@ -168,6 +188,27 @@ class DataSpec(Section):
                 why = error.errors(include_url=False)[0]
                 raise ValueError(f"mix[{number}].{why.get('ctx', {}).get('error', why['msg'])}") from error
         check_phases(self.phases)
+
+    def _check_messages(self, kind: str) -> None:
+        if self.chat_template is not None and self.messages is None and not any(p.messages for p in self.mix):
+            raise ValueError(
+                f"chat_template {shown(self.chat_template)} is for conversations, and no key of them is named: name it "
+                "(messages), or leave the template out"
+            )
+        if self.messages is None:
+            return
+        if kind not in ("jsonl", "parquet", "hf"):
+            raise ValueError(
+                f"messages {shown(self.messages)} is a key of records, and source {shown(self.source)} has no keys: "
+                "take jsonl:, parquet: or hf:, or leave it out"
+            )
+        default = type(self).model_fields["field"].default
+        other = "prompt_field" if self.prompt_field is not None else "field" if self.field != default else None
+        if other is not None:
+            raise ValueError(
+                f"{other} {shown(getattr(self, other))} with messages {shown(self.messages)}: a conversation is the "
+                "whole text; leave one of them out"
+            )
 
     @model_validator(mode="after")
     def _check(self) -> DataSpec:
@@ -199,6 +240,7 @@ class DataSpec(Section):
                 f"prompt_field {shown(self.prompt_field)} is a key beside that of the text, and source "
                 f"{shown(self.source)} has no keys: take jsonl:, parquet: or hf:, or leave it out"
             )
+        self._check_messages(kind)
         if self.prompt_field == self.field:
             raise ValueError(
                 f"prompt_field and field are both {shown(self.field)}: name the key of the prompt, and that of the "

@@ -47,6 +47,8 @@ _BY_NAME: Mapping[str, str] = {
     "dataset dataset_path data_path train_data train_file train_files files path paths": "data.source",
     "text_field text_column text_key json_key field_output completion_field response_field": "data.field",
     "prompt_key prompt_column field_instruction completion_only_loss train_on_inputs mask_prompt": "data.prompt_field",
+    "field_messages messages_field messages_column conversations conversation_column": "data.messages",
+    "chat_template_path chat_template_jinja": "data.chat_template",
     "tokenizer_path tokenizer_file tokenizer_name": "data.tokenizer",
     "eos_token eod_token eot_token": "data.end_token",
     "bos_token bod_token add_bos_token": "data.begin_token",

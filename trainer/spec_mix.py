@@ -18,6 +18,7 @@ class MixPart(Section):
     source: str = Field(min_length=1, description="as data.source")
     field: str = Field("text", min_length=1, description="as data.field")
     prompt_field: str | None = Field(None, min_length=1, description="as data.prompt_field")
+    messages: str | None = Field(None, min_length=1, description="as data.messages")
     weight: StrictInt | tuple[StrictInt, ...] = Field(
         description="samples of each cycle, which has as many as all weights together; or a list: at first, and from "
         "each of steps on"

@@ -541,4 +541,7 @@ def how_map(spec: RunSpec) -> dict[str, Any]:
             if getattr(getattr(spec, section), key) == fields[key].default:
                 del how[section][key]
     watched = (name for name in WATCHED if getattr(spec, name) != RunSpec.model_fields[name].default)
-    return how | spec.model_dump(mode="json", include=set(watched))
+    told = spec.model_dump(mode="json", include=set(watched))
+    if spec.validation.messages is None:
+        told.get("validation", {}).pop("messages", None)  # it came later, too
+    return how | told

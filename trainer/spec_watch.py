@@ -30,6 +30,7 @@ class ValidationSpec(Section):
     prompt_field: str | None = Field(
         None, min_length=1, max_length=4096, description="as data.prompt_field, of that source"
     )
+    messages: str | None = Field(None, min_length=1, max_length=4096, description="as data.messages, of that source")
     windows: int = size(100, high=1 << 20, text="windows of train.sequence tokens, spread evenly over that data")
     sample: str = Field("", max_length=2000, description="a text that is continued each time; unset: no sample")
     sample_tokens: int = size(64, high=4096, text="tokens of the sample, at most")

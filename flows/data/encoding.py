@@ -24,7 +24,18 @@ from tokenizers import Tokenizer
 from flows.data.job import DataJob, Task
 from flows.data.sources import Borne, Document, Entry
 from flows.data.sources.base import changed
-from flows.data.tokenizer import EOT, SAFE_CUT, GivenTokenizer, checked_tokenizer, encode, parse_tokenizer, vocab_of
+from flows.data.sources.talk import Spans, counting
+from flows.data.tokenizer import (
+    EOT,
+    SAFE_CUT,
+    EncodedText,
+    GivenTokenizer,
+    checked_tokenizer,
+    encode,
+    parse_tokenizer,
+    special_tokens,
+    vocab_of,
+)
 from flows.data.work import piece_name
 from trainer.dataset import mask_of, token_bytes_for
 
@@ -81,6 +92,7 @@ class Encoder:
         self.vocab = vocab_of(self.tokenizer) if self.given is None else self.given.vocab
         self.kind = np.dtype(f"<u{token_bytes_for(self.vocab, self.room)}")
         self.cut = SAFE_CUT if self.given is None else self.given.cut
+        self.special = frozenset(map(self.tokenizer.token_to_id, special_tokens(self.tokenizer)))
 
     @staticmethod
     def of(job: DataJob, data: bytes) -> Encoder:
@@ -142,11 +154,15 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
         blocks = [block for block in batch if block.verdict]
         flat: dict[int, list[int]] = {TRAIN: [], HELD: []}
         texts = [Document(block.where.where, block.text) for block in blocks]
-        for block, encoded in zip(blocks, encode(encoder.given, encoder.tokenizer, texts), strict=True):
+        talks = task.job.form is not None
+        for block, encoded in zip(blocks, encode(encoder.given, encoder.tokenizer, texts, talks), strict=True):
             ids = encoded.ids
             row["texts"] += len(ids)
             row["unknown"] += encoded.unknown
             row["letters"] += encoded.letters
+            if talks:
+                flat[block.verdict] += _talk(encoder, encoded, block.where.counted or (), mask)
+                continue
             if encoder.begin is not None and block.begins and ids[:1] != [encoder.begin]:  # as rendered chats do
                 ids = [encoder.begin, *ids]
             flat[block.verdict] += ids if block.counts else [token | mask for token in ids]
@@ -161,6 +177,18 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
         work.put(out[HELD], "held", name)
     work.put_map(row, "encode", name)
     return row
+
+
+def _talk(encoder: Encoder, encoded: EncodedText, spans: Spans, mask: int) -> list[int]:
+    """A conversation's tokens. The one that ends the document counts where it is what ends an answer: where that has no
+    special token of its own."""
+    ids, counts = list(encoded.ids), counting(encoded.offsets, spans)
+    if encoder.begin is not None and ids[:1] != [encoder.begin]:
+        ids, counts = [encoder.begin, *ids], [False, *counts]
+    if encoder.eot is not None and ids[-1:] != [encoder.eot]:
+        counts.append(bool(counts) and counts[-1] and ids[-1] not in encoder.special)
+        ids.append(encoder.eot)
+    return [token if count else token | mask for token, count in zip(ids, counts, strict=True)]
 
 
 def _blocks(task: Task, encoder: Encoder) -> Iterator[_Block]:

@@ -12,6 +12,7 @@ from checkpoint.store import Store, open_store
 from flows.data import pieces
 from flows.data.pieces import CorpusPiece
 from flows.data.sources import Borne, Document, Entry, open_source
+from flows.data.sources.talk import ChatForm
 from flows.data.work import KeptWork
 from trainer.errors import DatasetError
 from trainer.spec import DataSpec
@@ -30,11 +31,13 @@ class DataJob:
     sight: str
     room: bool = False
     """A stored token has room for its mask."""
+    form: ChatForm | None = None
+    """How conversations are written, where the spec names some."""
 
     @property
     def masked(self) -> bool:
         """Each stored token says whether its prediction counts."""
-        return self.spec.prompt_field is not None
+        return self.spec.masks
 
     @cached_property
     def work(self) -> KeptWork:
@@ -46,7 +49,8 @@ class DataJob:
         return self.spec.piece_mib * pieces.MIB
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"spec": self.spec, "url": self.url, "sight": self.sight, "room": self.room}
+        kept = ("spec", "url", "sight", "room", "form")
+        return {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -62,7 +66,7 @@ class Task:
 
     def documents(self, borne: Borne) -> Iterator[tuple[Entry, Document]]:
         """The documents of the piece, in order, each with the entry that it is of."""
-        source = open_source(self.job.spec)
+        source = open_source(self.job.spec, self.job.form)
         for entry in self.entries:
             for document in source.read(entry, self.piece.first, self.piece.last, borne):
                 yield entry, document

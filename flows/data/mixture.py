@@ -64,6 +64,7 @@ def prepare_mixture(
             "token_bytes": first.token_bytes,
             "eot": first.eot,
             **({} if first.begin is None else {"begin": first.begin}),
+            **next(({"talk": talk} for part in parts if (talk := _talk(store, part)) is not None), {}),
             "parts": [{"digest": part.digest, "shards": _rows(store, part)} for part in parts],
             "phases": [{"from_batch": p.from_batch, "weights": list(p.weights)} for p in spec.phases],
             "tokenizer_sha256": first.tokenizer_digest,
@@ -97,10 +98,15 @@ def _tokens_of(part: DatasetRef) -> tuple[object, ...]:
 
 def _masked(entry: MixPart, store: Store) -> bool:
     if not entry.source.startswith("dataset:"):
-        return entry.prompt_field is not None
+        return entry.prompt_field is not None or entry.messages is not None
     with contextlib.suppress(DatasetError):  # told with its part, when it is that one's turn
         return load_dataset(store, entry.source.removeprefix("dataset:")).masked
     return False
+
+
+def _talk(store: Store, part: DatasetRef) -> dict[str, object] | None:
+    """How its conversations are written."""
+    return load_dataset_manifest(store, part.digest).talk
 
 
 def _rows(store: Store, part: DatasetRef) -> list[dict[str, object]]:

@@ -37,6 +37,7 @@ from checkpoint.store import Store, open_store
 from checkpoint.store.address import folder_of
 from flows.data import duplicates, encoding
 from flows.data import pieces as pieces_of
+from flows.data.chat_form import form_of
 from flows.data.encoding import COUNTS, HELD, TRAIN, encode_piece, encoder_of, sample_piece, sampled
 from flows.data.filters import REASONS, filter_of
 from flows.data.job import DataJob, Task, hold_store, release_store
@@ -70,7 +71,7 @@ _MANY_UNKNOWN = 0.01  # share of unknown tokens that is worth a word
 _PREPARATIONS = itertools.count()  # of this process: what is kept of one is never taken for another's
 _SETTLED_S = 2.0
 """A file that changed less than that ago may change again without another time: it is not known by its looks."""
-_NO_INPUT = ("tokenizer", "piece_mib", "shuffled", "block", "window", "packing", "cache_gib", "mix")
+_NO_INPUT = ("tokenizer", "chat_template", "piece_mib", "shuffled", "block", "window", "packing", "cache_gib", "mix")
 """Keys that say nothing of what is made, or of which a digest says more."""
 Say = Callable[[str], None]
 
@@ -161,6 +162,7 @@ class _Preparation:
         self.spec, self.store, self.say, self.again, self.wanted = spec, store, say, again, wanted
         self.runner, self.clock = runner, clock
         self.given = given_tokenizer(spec)
+        self.form = form_of(spec, self.given)
         self.filter = filter_of(spec)
         entries = spec.vocab_size if self.given is None else self.given.vocab
         self.wide = room and token_bytes_for(entries, True) != token_bytes_for(entries)
@@ -169,7 +171,7 @@ class _Preparation:
     def run(self) -> PreparedData:
         if self.given is not None:
             self.wanted.check_vocab(self.given.vocab, self.given.what)
-        source, begin = open_source(self.spec), self.clock()
+        source, begin = open_source(self.spec, self.form), self.clock()
         entries = self._without_store(source.look())
         seen, fresh = self._sight(entries), any(entry.changed > begin - _SETTLED_S for entry in entries)
         if not self.again and (inputs := self._seen(seen)) is not None:
@@ -187,8 +189,8 @@ class _Preparation:
         hold_store(store, url)
         hold_store(self.store, self.into)
         try:
-            room = self.wide or self.spec.prompt_field is not None
-            self.job, self.run_on = DataJob(self.spec, url, sight, room), runner
+            room = self.wide or self.spec.masks
+            self.job, self.run_on = DataJob(self.spec, url, sight, room, self.form), runner
             if self.again:
                 self.job.work.forget()
             self.tasks = [Task(self.job, piece, tuple(entries[piece.begin : piece.end])) for piece in pieces]
@@ -235,6 +237,8 @@ class _Preparation:
             del settings["prompt_field"]  # keys that came when corpora were known already
         if not self.spec.begin_token:
             del settings["begin_token"]
+        if self.spec.messages is None:
+            del settings["messages"]
         settings |= self._mask_settings()
         h.update(json.dumps(settings, sort_keys=True).encode())
         h.update(self.given.digest if self.given else b"train")
@@ -344,6 +348,8 @@ class _Preparation:
 
     def _mask_settings(self) -> dict[str, Any]:
         """What a mask makes of the shards; nothing where there is none."""
+        if self.form is not None:
+            return {"masked": True, "talk": self.form.digest}
         if self.spec.prompt_field is not None:
             return {"masked": True}
         return {"room": True} if self.wide else {}
@@ -377,8 +383,14 @@ class _Preparation:
             shards = [Shard(self.job, number, stage, held, encoder.vocab) for number, held in enumerate(spans)]
             what = "" if verdict == TRAIN else f"the validation part (data.validation {self.spec.validation}): "
             self.wanted.check([shard.tokens for shard in shards], what)
+            sums = list(self.run_on.map(sum_shard, shards))
+            if self.job.masked and not any(row["counted"] for row in sums):
+                raise DatasetError(
+                    f"{what}no token of data.source {self.spec.source!r} counts: nothing would be learned; give "
+                    "answers that are not empty, and a chat template that marks them"
+                )
             manifest = manifest_bytes(
-                list(self.run_on.map(sum_shard, shards)),
+                sums,
                 tokenizer=tokenizer,
                 vocab=encoder.vocab,
                 token_bytes=encoder.kind.itemsize,
@@ -386,6 +398,7 @@ class _Preparation:
                 begin=encoder.begin,
                 documents=corpus.documents[verdict],
                 inputs=corpus.inputs,
+                talk=None if self.form is None else self.form.to_map(),
             )
             made.append(shards)
             manifests.append(manifest)

@@ -247,6 +247,7 @@ def manifest_bytes(
     documents: int,
     inputs: str,
     begin: int | None = None,
+    talk: Mapping[str, Any] | None = None,
 ) -> bytes:
     """The manifest of a dataset; its SHA-256 is the digest."""
     return pack(
@@ -258,6 +259,7 @@ def manifest_bytes(
             "token_bytes": token_bytes,
             "eot": eot,
             **({} if begin is None else {"begin": begin}),
+            **({} if talk is None else {"talk": dict(talk)}),
             "shards": list(rows),
             "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
         }

@@ -16,7 +16,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -406,8 +406,32 @@ def may_end(tokenizer: Tokenizer, token: str) -> bool:
     return token in _ENDS or any(added.content == token for added in tokenizer.get_added_tokens_decoder().values())
 
 
+def id_of(tokenizer: Tokenizer, token: str | None) -> int | None:
+    """The number of a token that a file names, where the tokenizer has it. Half a surrogate pair is in none."""
+    if token is None or any("\ud800" <= letter <= "\udfff" for letter in token):
+        return None
+    found: int | None = tokenizer.token_to_id(token)
+    return found
+
+
+def is_token(number: Any, vocab: int) -> bool:
+    """Whether a file's value is the number of a token."""
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < vocab
+
+
+def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The tokens that are no text."""
+    added = tokenizer.get_added_tokens_decoder()
+    return tuple(added[number].content for number in sorted(added) if added[number].special)
+
+
+def known_ends(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The tokens by which texts are known to end, of those that it has."""
+    return tuple(name for name in _ENDS if tokenizer.token_to_id(name) is not None)
+
+
 def _candidates(tokenizer: Tokenizer) -> str:
-    have = [name for name in _ENDS if tokenizer.token_to_id(name) is not None]
+    have = known_ends(tokenizer)
     if not have:
         return "name the token that ends a document: data.end_token"
     return (
@@ -431,21 +455,27 @@ def of_library(what: str, mend: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EncodedText:
-    """``unknown``: how often the tokenizer's unknown token stands in it; ``letters``: for how many characters."""
+    """``unknown``: how often the tokenizer's unknown token stands in it; ``letters``: for how many characters.
+    ``offsets``: of each id, where they were asked for."""
 
     ids: list[int]
     unknown: int
     letters: int
+    offsets: Sequence[tuple[int, int]] = ()
 
 
-def encode(given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Document]) -> list[EncodedText]:
-    """The ids of each document. DatasetError, with the document's name, where a given tokenizer cannot encode it."""
+def encode(
+    given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Document], offsets: bool = False
+) -> list[EncodedText]:
+    """The ids of each document, and where in it they are (``offsets``). DatasetError, with the document's name, where
+    a given tokenizer cannot encode it."""
     mend = "give one that has an unknown token or byte fallback, or clean the text"
     texts, dropping = [doc.text for doc in docs], given if given is not None and given.drops else None
     try:
         with of_library("", ""):
             # the fast one gives no offsets, and the same ids
-            batch = tokenizer.encode_batch if dropping and dropping.affixes else tokenizer.encode_batch_fast
+            placed = offsets or (dropping is not None and dropping.affixes)
+            batch = tokenizer.encode_batch if placed else tokenizer.encode_batch_fast
             encodings = batch(texts, add_special_tokens=False)
     except DatasetError:
         for doc in docs:  # which one is it?
@@ -462,7 +492,10 @@ def encode(given: GivenTokenizer | None, tokenizer: Tokenizer, docs: Sequence[Do
                     f"{dropping.what} cannot encode {doc.name}: it has no unknown token and leaves out "
                     f"{sum(lost.values())} character(s) of it, {count} of them {letter!r}{name}; {mend}"
                 )
-    return [_encoded(given, doc.text, encoding.ids) for doc, encoding in zip(docs, encodings, strict=True)]
+    found = [_encoded(given, doc.text, encoding.ids) for doc, encoding in zip(docs, encodings, strict=True)]
+    if not offsets:
+        return found
+    return [replace(one, offsets=encoding.offsets) for one, encoding in zip(found, encodings, strict=True)]
 
 
 def _encoded(given: GivenTokenizer | None, text: str, ids: list[int]) -> EncodedText:

@@ -76,7 +76,7 @@ def _check_evaluations(prepared: Prepared, store: Store, say: Callable[[str], No
     if not wanted.source and validation_of(store, prepared.dataset) is None:
         raise SpecError(f"validation.every is {wanted.every}, and {NO_DATA}")
     if wanted.source and not wanted.source.startswith("dataset:"):
-        own = {"source": wanted.source, "field": wanted.field, "prompt_field": wanted.prompt_field}
+        own = {key: getattr(wanted, key) for key in ("source", "field", "prompt_field", "messages")}
         try:
             open_source(DataSpec.model_validate(own)).look()
         except DatasetError as error:

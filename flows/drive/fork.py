@@ -14,7 +14,7 @@ from checkpoint.store import Store
 from flows.data import load_dataset, load_tokenizer, prepare
 from flows.drive.line import parent_of
 from flows.drive.run import Prepared, check_layouts, create_run, load_what, run_name, spec_tree
-from flows.drive.their_tokenizer import check_tokenizer, dataset_tokenizer, with_tokenizer
+from flows.drive.their_tokenizer import check_tokenizer, run_tokenizer, with_tokenizer
 from flows.drive.views import some_steps
 from trainer.dataset import DatasetRef
 from trainer.errors import SpecError
@@ -87,7 +87,7 @@ def dataset_of_child(
     store: Store, parent: Parent, spec: RunSpec, say: Callable[[str], None] = lambda _: None
 ) -> DatasetRef:
     """The spec's dataset by the parent's tokenizer: another one would give the model's rows other meanings."""
-    theirs = dataset_tokenizer(store, parent.what["data"]["digest"])
+    theirs = run_tokenizer(store, parent.run)
     with with_tokenizer(spec.data, theirs) as data:
         dataset = prepare(data, store, say=say, sequence=spec.train.sequence, vocab=spec.model.vocab)
     rows = int(parent.what["model"]["vocab"])

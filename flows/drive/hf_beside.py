@@ -23,9 +23,11 @@ from checkpoint.export_to import TEMPLATE
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data import may_end, vocab_of
+from flows.data.chat_form import form_beside, talk_files
+from flows.data.sources.talk import turn_end
+from flows.data.tokenizer import id_of, is_token
 from flows.drive.line import parent_of
-from flows.drive.their_tokenizer import id_of, is_token
-from trainer.errors import SpecError
+from trainer.errors import DatasetError, SpecError
 from trainer.models.hf_config import end_token_ids, read_config
 from trainer.spec_hints import not_utf8
 
@@ -82,6 +84,12 @@ def beside_of(store: Store, run: str) -> Beside:
     return {}
 
 
+def beside_with_talk(store: Store, run: str, dataset: str) -> Beside:
+    """``beside_of``, with the chat template of the run's data (their digest) where these are conversations."""
+    files, talk = beside_of(store, run), talk_files(store, dataset)
+    return {**talk, **files, TEMPLATE: talk[TEMPLATE]} if talk else files
+
+
 # --- what it means ------------------------------------------------------------------------------------------
 
 
@@ -97,6 +105,10 @@ def ends_of(files: Beside, tokenizer: Tokenizer, end: int | None) -> list[int]:
     for name in reversed(TREES[2:]):
         number = id_of(tokenizer, content_of(tree_of(files, name).get("eos_token")))
         said += [] if number is None else [number]
+    with suppress(DatasetError):  # a template that is none is told where somebody talks by it
+        form = form_beside(files, tokenizer, end, None)
+        turn = None if form is None else id_of(tokenizer, turn_end(form))
+        said += [] if turn is None else [turn]
     found = [n for n in said if (token := tokenizer.id_to_token(n)) is not None and may_end(tokenizer, token)]
     return list(dict.fromkeys(([] if end is None else [end]) + found))
 

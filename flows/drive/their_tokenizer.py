@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from tokenizers import Tokenizer
 from checkpoint.safetensors import gone
 from checkpoint.store import Store
 from flows.data import load_dataset, load_tokenizer, may_end, parse_tokenizer, vocab_of
+from flows.data.chat_form import BESIDE_TOKENIZER
+from flows.data.tokenizer import id_of, is_token
+from flows.drive.hf_beside import beside_with_talk
 from flows.drive.run import find_run, load_what
 from trainer.errors import DatasetError, SpecError
 from trainer.models.hf_config import end_token_ids, read_config
@@ -55,6 +58,8 @@ class TheirTokenizer:
     end: str | None
     path: Path | None = None
     begin: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict)
+    """Files that say how conversations are written, where they do not lie beside ``path``."""
 
 
 def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
@@ -74,8 +79,15 @@ def tokenizer_of(store: Store, init: str) -> TheirTokenizer | None:
         return found
     if kind != "run":
         return None
-    what = load_what(store, find_run(store, rest.rpartition("@")[0]))
-    return dataset_tokenizer(store, str(what["data"]["digest"]))
+    return run_tokenizer(store, find_run(store, rest.rpartition("@")[0]))
+
+
+def run_tokenizer(store: Store, run: str) -> TheirTokenizer:
+    """The tokenizer of a run's data, and how its conversations are written."""
+    digest = str(load_what(store, run)["data"]["digest"])
+    files = beside_with_talk(store, run, digest)
+    beside = {name: files[name] for name in BESIDE_TOKENIZER if name in files}
+    return replace(dataset_tokenizer(store, digest), beside=beside)
 
 
 def dataset_tokenizer(store: Store, digest: str) -> TheirTokenizer:
@@ -161,19 +173,6 @@ def _end_ids(folder: Path) -> Iterator[tuple[Path, Any]]:
                 yield folder / name, number
 
 
-def id_of(tokenizer: Tokenizer, token: str | None) -> int | None:
-    """The number of a token that a file names, where the tokenizer has it. Half a surrogate pair is in none."""
-    if token is None or any("\ud800" <= letter <= "\udfff" for letter in token):
-        return None
-    found: int | None = tokenizer.token_to_id(token)
-    return found
-
-
-def is_token(number: Any, vocab: int) -> bool:
-    """Whether a file's value is the number of a token."""
-    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < vocab
-
-
 def _beside(file: Path) -> dict[str, Any]:
     """A file of JSON that says which token ends a text. SpecError where it is none."""
     return read_config(file, f"fetch {file.name} anew, or remove it and name the token that ends a text (--end-token)")
@@ -189,6 +188,8 @@ def with_tokenizer(data: DataSpec, found: TheirTokenizer | None) -> Iterator[Dat
         path = found.path or Path(folder) / TOKENIZER
         if found.path is None:
             path.write_text(found.tokenizer.to_str(), encoding="utf-8")
+            for name, text in found.beside.items():
+                (Path(folder) / name).write_text(text, encoding="utf-8")
         named = {"tokenizer": str(path), "end_token": found.end, "begin_token": found.begin}
         yield data.model_copy(update=named)
 

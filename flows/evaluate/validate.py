@@ -22,6 +22,7 @@ from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare, tokenizer_json, validation_of
 from flows.drive.evaluations import NO_DATA
 from flows.drive.run import Prepared
+from flows.drive.their_tokenizer import run_tokenizer
 from flows.show.export import Inference
 from trainer.dataset import HEADER_BYTES, DatasetRef, counts_of, without_mask
 from trainer.errors import DatasetError, SpecError
@@ -66,7 +67,9 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
     with tempfile.TemporaryDirectory(prefix="hotstage-validation-") as folder:
         path = Path(folder) / "tokenizer.json"
         path.write_bytes(tokenizer_json(store, dataset))
-        own = {"source": source, "field": wanted.field, "prompt_field": wanted.prompt_field}
+        for name, text in run_tokenizer(store, prepared.run).beside.items():
+            (path.parent / name).write_text(text, encoding="utf-8")
+        own = {key: getattr(wanted, key) for key in ("source", "field", "prompt_field", "messages")}
         own |= {"tokenizer": str(path), "end_token": end, "begin_token": begin}
         return prepare(DataSpec.model_validate(own), store, say=say)
 

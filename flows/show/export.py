@@ -25,7 +25,7 @@ from checkpoint.read import StateReader, load_manifest
 from checkpoint.store import Store
 from flows.data import load_tokenizer, tokenizer_json
 from flows.data.tokenizer import template_begin
-from flows.drive.hf_beside import beside_of, ends_of, generation_of, ids_of, tokenizer_config_of
+from flows.drive.hf_beside import beside_with_talk, ends_of, generation_of, ids_of, tokenizer_config_of
 from flows.drive.run import read_run
 from flows.drive.views import some_steps
 from flows.show.saved import size_words
@@ -100,7 +100,8 @@ def export_hf(store: Store, run: str, step: int | None, target: Destination, sha
     prepared = read_run(store, run)
     info, manifest = checkpoint_at(store, run, step)
     config = family(prepared.spec.model.family).to_hf_config(prepared.spec.model)
-    tokenizer, beside = load_tokenizer(store, prepared.dataset), beside_of(store, run)
+    digest = prepared.dataset.digest
+    tokenizer, beside = load_tokenizer(store, prepared.dataset), beside_with_talk(store, run, digest)
     begin = next(iter(opening(prepared.spec.model, tokenizer, prepared.dataset.begin)), None)
     # without these other programs take their own defaults, and those are ordinary tokens of this vocabulary
     ids = ids_of(beside, tokenizer, begin, ends_of(beside, tokenizer, prepared.dataset.eot))

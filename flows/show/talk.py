@@ -6,6 +6,7 @@ the text allows, and grows with it, up to the run's sequence; older text is forg
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -15,8 +16,10 @@ import numpy.typing as npt
 
 from checkpoint.store import Store
 from flows.data import load_tokenizer, unseen
+from flows.data.chat_form import form_beside
+from flows.data.sources.talk import ChatForm, Message, written
 from flows.data.tokenizer import of_library
-from flows.drive.hf_beside import beside_of, ends_of
+from flows.drive.hf_beside import beside_with_talk, ends_of
 from flows.show.export import Inference, Masters, opening
 from trainer.errors import SpecError
 
@@ -49,7 +52,9 @@ class Text:
         dataset = self.masters.prepared.dataset
         self.context = self.masters.prepared.spec.train.sequence
         self.tokenizer = load_tokenizer(store, dataset)
-        self.ends, self.vocab = ends_of(beside_of(store, run), self.tokenizer, dataset.eot), dataset.vocab
+        beside = beside_with_talk(store, run, dataset.digest)
+        self.ends, self.vocab = ends_of(beside, self.tokenizer, dataset.eot), dataset.vocab
+        self._form = functools.partial(form_beside, beside, self.tokenizer, dataset.eot, dataset.begin)
         self.ids: list[int] = []
         self._opening = opening(self.masters.prepared.spec.model, self.tokenizer, dataset.begin)
         self._temperature, self._top_k, self._rng = temperature, top_k, np.random.default_rng(seed)
@@ -97,6 +102,18 @@ class Text:
         self._tell_unseen(text)
         self._shown = len(self.ids)
         self._from = max(0, self._shown - _BEFORE)
+
+    @functools.cached_property
+    def form(self) -> ChatForm | None:
+        """How talks are written for the model; None where nobody says it. DatasetError where its template is none."""
+        return self._form()
+
+    def ask(self, messages: Sequence[Message]) -> None:
+        """Begin anew with these messages, by the model's form, up to where an answer begins. DatasetError where that
+        does not write them."""
+        assert self.form is not None
+        self.begin()
+        self.say(written(self.form, messages, lambda: "the talk", asks=True))
 
     def begin(self) -> None:
         """Forget all of it."""

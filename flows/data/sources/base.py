@@ -24,9 +24,7 @@ bytes): a tokenizer takes some 65 bytes for each."""
 LONG_LETTERS = 16 << 20
 """A file of more bytes than that is never held whole, but where a filter asks for its text."""
 TALKS = ("messages", "conversations", "conversation")
-A_TALK = (
-    "write a document for each answer, with all before it as its prompt, and name both: data.prompt_field, data.field"
-)
+A_TALK = "name it in data.messages, and it is written by a chat template"
 BESIDE = ("input", "context", "system")
 """What records of instructions name beside prompt and answer, and the answer depends on."""
 CONVERT = "convert it: iconv -f ENCODING -t UTF-8 (such as WINDOWS-1252, WINDOWS-1251, GB18030, SHIFT-JIS)"
@@ -59,6 +57,8 @@ class Document:
     parts: Callable[[], Iterator[str]] | None = None
     prompt: str | None = None
     """What the text answers, where the source has prompts; never of a document that comes in parts."""
+    counted: tuple[tuple[int, int], ...] | None = None
+    """Of a conversation: the characters of its text that count, in order; such a text is encoded whole."""
 
     @property
     def name(self) -> str:
@@ -94,7 +94,11 @@ class Document:
         yield "".join((*held, rest))
 
     def stretches(self, cut: re.Pattern[str] | None) -> Iterator[tuple[str, bool]]:
-        """The blocks of its prompt, if it has one, and of its text, each with whether it counts: none is of both."""
+        """The blocks of its prompt, if it has one, and of its text, each with whether it counts: none is of both. A
+        conversation is one block, and its places say what counts."""
+        if self.counted is not None:
+            yield self.text, True
+            return
         if self.prompt is not None:
             for block in Document(self.where, self.prompt).blocks(cut):
                 yield block, False
@@ -103,7 +107,10 @@ class Document:
 
     @property
     def digested(self) -> bytes:
-        """What comes before the text in the document's digest: its prompt; nothing where it has none."""
+        """What comes before the text in the document's digest: its prompt, or the places that count; nothing where it
+        has none."""
+        if self.counted is not None:
+            return f"{self.counted}".encode()
         if self.prompt is None:
             return b""
         data = self.prompt.encode("utf-8", "surrogatepass")
@@ -165,9 +172,20 @@ class Borne:
             f"{' or '.join(map(repr, BESIDE))} beside the prompt is not read, and the answer may depend on it: write "
             "it into the prompt, or leave it out of the file"
         )
+        self.marks = Warnings(
+            "a message spells a special token of the tokenizer out, and is read as that token: take it out of the text"
+        )
+        self.rewritten = Warnings(
+            "the chat template writes answers otherwise once more is said (without their thinking, say): each such one "
+            "counts in a document of its own, which ends with it"
+        )
+        self.unanswered = Warnings("left out: a conversation without an answer that counts")
 
     def of(self) -> tuple[Warnings, ...]:
-        return (self.bytes, self.halves, self.skipped, self.beside)
+        return (
+            *(self.bytes, self.halves, self.skipped, self.beside),
+            *(self.marks, self.rewritten, self.unanswered),
+        )
 
     def to_map(self) -> list[dict[str, Any]]:
         """What a store can keep: of a name that is no UTF-8 its bytes are written out."""

@@ -9,6 +9,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from flows.data.sources.base import (
@@ -25,6 +26,7 @@ from flows.data.sources.base import (
     whole_pairs,
 )
 from flows.data.sources.files import BOM, Opened, chunks_of, is_packed, look_at_files, opened_file
+from flows.data.sources.talk import TalkReader
 from flows.data.sources.text import line_at, nul_byte
 from trainer.errors import DatasetError
 
@@ -35,8 +37,10 @@ _LINES = "objects are made into lines by: jq -c"
 class JsonSource:
     """``jsonl:GLOB``."""
 
-    def __init__(self, source: str, field: str, prompt: str | None, whole: bool) -> None:
-        self._source, self._field, self._prompt, self._whole = source, field, prompt, whole
+    def __init__(
+        self, source: str, field: str, prompt: str | None, whole: bool, talk: TalkReader | None = None
+    ) -> None:
+        self._source, self._field, self._prompt, self._whole, self._talk = source, field, prompt, whole, talk
 
     def look(self) -> list[Entry]:
         return look_at_files(self._source)
@@ -58,24 +62,21 @@ class JsonSource:
                         f"{where()} holds the byte 0x{line[error.start]:02X}, which is no UTF-8, and JSON is: if the "
                         f"file is in another encoding, {CONVERT}"
                     ) from error
-                if text.strip():
+                if not text.strip():
+                    continue
+                if self._talk is None:
                     yield self._document(text, where, borne)
+                else:
+                    record = _record(text, where, _Key(self._talk.key, True))
+                    yield from self._talk.documents(record, where, borne, self._whole)
 
     def _document(self, line: str, where: _Place, borne: Borne) -> Document:
-        value = _object(line, where, self._field)
         field = self._field
-        if not isinstance(value, dict):
-            mend = "; an array is made into lines by: jq -c '.[]'" if isinstance(value, list) else ""
-            raise _no_object(where, f"it is {_kind(value)}{mend}", field)
-        if field not in value:
-            keys = ", ".join(sorted(map(repr, value))[:5]).encode(errors="backslashreplace").decode()
-            raise _no_object(where, f"its keys are {keys}{_proposed(value)}" if value else "it is empty", field)
+        value = _record(line, where, key := _Key(field))
         text = value.pop(field)
         if not isinstance(text, str):
             talk = f"; a conversation: {A_TALK}" if is_talk(text) else ""
-            raise _no_object(where, f"its {field} is {_kind(text)}{talk}", field)
-        if line.count(_written(field)) > 1:
-            _once(line, where, field)
+            raise _no_object(where, f"its {field} is {_kind(text)}{talk}", key)
         prompt = None
         if self._prompt is not None:
             prompt = self._prompt_of(value, line, where, borne)
@@ -92,8 +93,30 @@ class JsonSource:
             talk = f"; a conversation: {A_TALK}" if is_talk(prompt) else ""
             raise no_prompt(where, f"its {field} is {_kind(prompt)}{talk}")
         if line.count(_written(field)) > 1:
-            _once(line, where, field)
+            _once(line, where, _Key(field))
         return whole_pairs(prompt, where, borne)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """Of a line's text, or of its conversation."""
+
+    name: str
+    talk: bool = False
+
+
+def _record(line: str, where: Callable[[], str], key: _Key) -> dict[str, Any]:
+    """The object of a line, which has the key once."""
+    value = _object(line, where, key)
+    if not isinstance(value, dict):
+        mend = "; an array is made into lines by: jq -c '.[]'" if isinstance(value, list) else ""
+        raise _no_object(where, f"it is {_kind(value)}{mend}", key)
+    if key.name not in value:
+        keys = ", ".join(sorted(map(repr, value))[:5]).encode(errors="backslashreplace").decode()
+        raise _no_object(where, f"its keys are {keys}{_proposed(value, key)}" if value else "it is empty", key)
+    if line.count(_written(key.name)) > 1:
+        _once(line, where, key)
+    return value
 
 
 @functools.lru_cache
@@ -151,11 +174,13 @@ def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[
         yield at, b"".join(held).removeprefix(BOM)
 
 
-def _proposed(value: dict[str, Any]) -> str:
-    """What is probably meant where an object has no text under the field."""
-    for key in TALKS:
-        if isinstance(value.get(key), list):
-            return f"; {key!r} is a conversation: {A_TALK}"
+def _proposed(value: dict[str, Any], wanted: _Key) -> str:
+    """What is probably meant where an object has no text, or conversation, under the key."""
+    talks = [key for key in TALKS if isinstance(value.get(key), list)]
+    if wanted.talk:
+        return f'; data.messages = "{talks[0]}" is probably meant' if talks else ""
+    if talks:
+        return f"; {talks[0]!r} is a conversation: {A_TALK}"
     texts = sorted((key for key, item in value.items() if isinstance(item, str)), key=lambda key: -len(value[key]))
     if texts:
         return f'; the longest text is data.field = "{_shown(texts[0])}"'
@@ -174,7 +199,7 @@ def _shown(key: str) -> str:
     return key[:40].encode(errors="backslashreplace").decode()
 
 
-def _once(line: str, where: Callable[[], str], field: str) -> None:
+def _once(line: str, where: Callable[[], str], field: _Key) -> None:
     last: list[tuple[str, Any]] = []
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,11 +207,11 @@ def _once(line: str, where: Callable[[], str], field: str) -> None:
         return dict(found)
 
     json.loads(line, object_pairs_hook=pairs, parse_int=str)
-    if sum(key == field for key, _ in last) > 1:
-        raise _no_object(where, f'it names "{field}" twice', field)
+    if sum(key == field.name for key, _ in last) > 1:
+        raise _no_object(where, f'it names "{field.name}" twice', field)
 
 
-def _object(line: str, where: Callable[[], str], field: str) -> Any:
+def _object(line: str, where: Callable[[], str], field: _Key) -> Any:
     try:
         return json.loads(line)
     except RecursionError as error:
@@ -211,11 +236,11 @@ def _object(line: str, where: Callable[[], str], field: str) -> Any:
         return json.loads(line, parse_int=str)
 
 
-def _no_object(where: Callable[[], str], why: str, field: str) -> DatasetError:
-    return DatasetError(
-        f'{where()} is no JSON object with a "{field}" ({why}); mend the line, name the key of its text (data.field), '
-        "or use text:GLOB"
-    )
+def _no_object(where: Callable[[], str], why: str, field: _Key) -> DatasetError:
+    mend = "name the key of its text (data.field), or use text:GLOB"
+    if field.talk:
+        mend = "or name the key of its conversation (data.messages)"
+    return DatasetError(f'{where()} is no JSON object with a "{field.name}" ({why}); mend the line, {mend}')
 
 
 def _kind(value: object) -> str:

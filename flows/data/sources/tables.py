@@ -31,6 +31,7 @@ from flows.data.sources.base import (
 )
 from flows.data.sources.files import GZIP, PACKED, Opened, look_at_files, opened_file, refuse_formats
 from flows.data.sources.objects import is_object
+from flows.data.sources.talk import TALK_BESIDE, TalkReader
 from trainer.errors import DatasetError, SpecError
 from trainer.spec_fields import shown
 
@@ -45,8 +46,15 @@ _BYTES = 16 << 20
 class ParquetSource:
     """``parquet:GLOB``; its row groups are read alone."""
 
-    def __init__(self, source: str, field: str, prompt: str | None, more: Sequence[str] | None) -> None:
-        self._source, self._field, self._prompt, self._more = source, field, prompt, more
+    def __init__(
+        self,
+        source: str,
+        field: str,
+        prompt: str | None,
+        more: Sequence[str] | None,
+        talk: TalkReader | None = None,
+    ) -> None:
+        self._source, self._field, self._prompt, self._more, self._talk = source, field, prompt, more, talk
         optional_module("pyarrow.parquet", "pyarrow", "parquet:")
 
     def look(self) -> list[Entry]:
@@ -66,7 +74,10 @@ class ParquetSource:
     def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
         """``first`` and ``last`` are of bytes: a row group is of the range in which it begins."""
         with opened_file(entry) as file, _table(file, entry) as table:
-            self._check(table, entry, self._field)
+            if self._talk is not None:
+                self._check_talk(table, entry, self._talk.key)
+            else:
+                self._check(table, entry, self._field)
             if self._prompt is not None:
                 self._check(table, entry, self._prompt)
             columns = self._columns(table)
@@ -78,7 +89,10 @@ class ParquetSource:
                     rows = max(1, min(_ROWS, _BYTES * group.num_rows // max(1, _bytes_of(group, columns))))
                     for batch in table.iter_batches(rows, [number], columns, use_threads=False):
                         held = _listed(batch, entry.name, row)
-                        yield from _rows(held, self._field, self._prompt, entry.name, row, borne)
+                        if self._talk is not None:
+                            yield from _talks(held, self._talk, self._more, entry.name, row, borne)
+                        else:
+                            yield from _rows(held, self._field, self._prompt, entry.name, row, borne)
                         row += batch.num_rows
                 else:
                     row += group.num_rows
@@ -101,10 +115,19 @@ class ParquetSource:
             )
             raise DatasetError(f"{entry.name}: its column {field!r} is of type {kind}, not of text{mend}")
 
+    def _check_talk(self, table: Any, entry: Entry, key: str) -> None:
+        schema = table.schema_arrow
+        if key not in schema.names or schema.names.count(key) > 1 or not _spoken(schema.field(key).type):
+            kind = schema.field(key).type if schema.names.count(key) == 1 else None
+            talks = [one.name for one in schema if _spoken(one.type)]
+            raise _no_talk(entry.name, key, schema.names, kind, talks)
+
     def _columns(self, table: Any) -> list[str] | None:
         if self._more is None:
             return None
         schema, more = table.schema_arrow, self._more
+        if self._talk is not None:
+            return _columns_of(schema.names, self._talk.key, None, (*more, *TALK_BESIDE))
         if self._prompt is not None:
             more = (
                 *more,
@@ -187,6 +210,15 @@ def _no_column(where: str, field: str, names: Sequence[str], texts: Sequence[str
     if talk is not None:
         mend = f"{talk!r} is a conversation: {A_TALK}"
     return f"{where} has no column {field!r}; its columns are {shown}: {mend}"
+
+
+def _no_talk(where: str, key: str, names: Sequence[str], kind: object, talks: Sequence[str]) -> DatasetError:
+    what = f"its column {key!r} is of type {kind}, not of conversations" if kind is not None else f"no column {key!r}"
+    if names.count(key) > 1:
+        what = f"two columns {key!r}"
+    mend = f'name one of conversations: data.messages = "{talks[0]}"' if talks else "no column is of conversations"
+    shown = ", ".join(map(repr, list(names)[:8])) or "none"
+    return DatasetError(f"{where}: {what} (its columns are {shown}); {mend}: lists of messages with role and content")
 
 
 def _bytes_of(group: Any, columns: Sequence[str] | None) -> int:
@@ -300,6 +332,18 @@ def _rows(
         yield Document(where, whole_pairs(_lines_of(text), where, borne), more, prompt=prompt)
 
 
+def _talks(
+    rows: Sequence[Mapping[str, Any]],
+    talk: TalkReader,
+    more: Sequence[str] | None,
+    name: str,
+    first: int,
+    borne: Borne,
+) -> Iterator[Document]:
+    for number, row in enumerate(rows, first + 1):
+        yield from talk.documents(row, functools.partial(_place, name, number), borne, more is None or bool(more))
+
+
 def _lines_of(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
@@ -311,15 +355,26 @@ def _place(name: str, number: int) -> str:
 class HubSource:
     """``hf:…``; rows are read alone. Each worker opens it for itself, from the library's cache."""
 
-    def __init__(self, source: str, field: str, prompt: str | None, more: Sequence[str] | None) -> None:
-        self._source, self._field, self._prompt, self._more = source, field, prompt, more
+    def __init__(
+        self,
+        source: str,
+        field: str,
+        prompt: str | None,
+        more: Sequence[str] | None,
+        talk: TalkReader | None = None,
+    ) -> None:
+        self._source, self._field, self._prompt, self._more, self._talk = source, field, prompt, more, talk
 
     def look(self) -> list[Entry]:
         _hub.cache_clear()  # there may be another one by now
         table = _hub(self._source)
         names = table.column_names
+        if self._talk is not None and not _spoken(table.features.get(self._talk.key, "")):
+            key, talks = self._talk.key, [name for name in names if _spoken(table.features[name])]
+            kind = _kind_of(table, key) if key in names else None
+            raise _no_talk(f"data.source {self._source!r}", key, names, kind, talks)
         for field, key in ((self._field, "data.field"), (self._prompt, "data.prompt_field")):
-            if field is None:
+            if field is None or self._talk is not None:
                 continue
             texts = [name for name in names if _kind_of(table, name) in _TEXTS]
             if field not in names:
@@ -350,13 +405,19 @@ class HubSource:
         if self._more is not None:
             beside = BESIDE if self._prompt is not None else ()
             more = (*self._more, *(n for n in beside if n in table.column_names and _kind_of(table, n) in _TEXTS))
-            table = table.select_columns(_columns_of(table.column_names, self._field, self._prompt, more))
+            if self._talk is not None:
+                more = (*self._more, *TALK_BESIDE)
+            must = self._field if self._talk is None else self._talk.key
+            table = table.select_columns(_columns_of(table.column_names, must, self._prompt, more))
         step = max(1, min(_ROWS, _BYTES * rows // entry.size))
         for at in range(begin, end, step):
             with _by_datasets(f"{self._source}, rows {at + 1:,} to {min(at + step, end):,} cannot be read"):
                 columns = table[at : min(at + step, end)]
             batch = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            yield from _rows(batch, self._field, self._prompt, self._source, at, borne)
+            if self._talk is not None:
+                yield from _talks(batch, self._talk, self._more, self._source, at, borne)
+            else:
+                yield from _rows(batch, self._field, self._prompt, self._source, at, borne)
 
 
 _TEXTS = ("string", "large_string", "string_view")

@@ -285,12 +285,15 @@ def test_json_that_is_odd_and_right(
         ('{"content": "some text", "id": "x"}', 'the longest text is data.field = "content"'),
         ('{"data": {"text": "y"}}', r"taken out by: jq -c '\{text: \.data\.text\}'"),
         ('{"turns": [{"said": "a"}]}', "'turns' holds objects: join their texts"),
-        ('{"messages": [{"role": "user"}]}', "'messages' is a conversation: write a document for each answer"),
+        ('{"messages": [{"role": "user"}]}', "'messages' is a conversation: name it in data.messages"),
         (
             '{"id": "x1", "conversations": [{"from": "human"}]}',
-            "'conversations' is a conversation: .*data.prompt_field, data.field",
+            "'conversations' is a conversation: name it in data.messages, and it is written",
         ),
-        ('{"text": [{"role": "user", "content": "a"}]}', "its text is an array; a conversation: write a document for"),
+        (
+            '{"text": [{"role": "user", "content": "a"}]}',
+            "its text is an array; a conversation: name it in data.messages",
+        ),
         ("<html>", "Expecting value at column 1; it begins with '<html>'"),
         ("# a comment", "it begins with '# a comment'"),
         ("{'text': 'python'}", "Expecting property name.*this is Python's: write it by json.dumps"),

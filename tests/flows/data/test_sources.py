@@ -149,8 +149,14 @@ def test_parquet_gives_its_texts_in_any_pieces(here: Path, small: Callable[[int]
         ),
         (lambda: table("c/a", text=list(range(30))), r"column 'text' is of type int64, not of text"),
         (lambda: table("c/a", text=[None] * 30), r"of type null, not of text; all of it is null: leave c/a out"),
-        (lambda: table("c/a", messages=[[{"role": "user"}]] * 30), r"'messages' is a conversation: write a document"),
-        (lambda: table("c/a", text=[[{"role": "user"}]] * 30), r"not of text: it is a conversation, write a document"),
+        (
+            lambda: table("c/a", messages=[[{"role": "user"}]] * 30),
+            r"'messages' is a conversation: name it in data.mess",
+        ),
+        (
+            lambda: table("c/a", text=[[{"role": "user"}]] * 30),
+            r"not of text: it is a conversation, name it in data.mess",
+        ),
         (lambda: table("c/a", text=[b"x"] * 30), r"is of type binary, not of text; write it as one: .*cast"),
         (
             lambda: table("c/a", text=[{"a": "x"}] * 30),

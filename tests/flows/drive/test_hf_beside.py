@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ import numpy.typing as npt
 import pytest
 
 from checkpoint import keys
+from checkpoint.dataset import load_dataset_manifest
 from checkpoint.errors import StoreRefused
 from checkpoint.export_to import Folder
 from checkpoint.log import RunLog
 from checkpoint.store import Store
+from flows.data.sources.talk import Message
 from flows.drive.begin import prepare_run
 from flows.drive.hf_beside import beside_of, read_beside
 from flows.drive.line import parent_of
+from flows.drive.their_tokenizer import tokenizer_of
+from flows.evaluate.validate import validation_data
 from flows.show.export import export_hf
-from flows.show.talk import generate
+from flows.show.talk import Text, generate
 from tests.support.calls import called
 from tests.support.imported import IMPORT, Imported, imported
 from trainer.dataset import HEADER_BYTES, DatasetRef, counts_of, without_mask
@@ -119,6 +125,61 @@ def test_a_chat_model_goes_out_with_all_that_came_in_beside_it(
     assert next(picks) == 7, "an answer ends at each of them"
     with pytest.raises(StoreRefused, match=r"holds a chat_template.jinja, with which others would talk"):
         export_hf(case.store, case.run, 0, Folder(out))
+
+
+def test_talks_are_written_by_the_template_that_came_with_the_weights(
+    imported: Imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the data, in validation, in `chat`, and in what is trained on from there, long after the folder is gone."""
+    case, folder = imported("gpt2-untied-f32"), tmp_path / "model"
+    ids = chat_folder(folder)
+    (tmp_path / "a.txt").write_text("the fox " * 90)
+    talks = [[{"role": "user", "content": "the fox?"}, {"role": "assistant", "content": "n" * n}] for n in range(1, 40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    words = ["import", str(folder), "--store", case.url, "-o", str(tmp_path / "x.toml")]
+    assert called([*words, "--data", f"text:{tmp_path}/a.txt"])[0] == 0
+    data = [f"data.source=jsonl:{tmp_path}/a.jsonl", "data.messages=messages", "train.sequence=16"]
+    held_out = ["validation.every=1", f"validation.source=jsonl:{tmp_path}/a.jsonl", "validation.messages=messages"]
+    child = prepare_run(load_spec(tmp_path / "x.toml", [*data, *held_out]), case.store)
+    shutil.rmtree(folder)
+    talk = load_dataset_manifest(case.store, child.dataset.digest).talk
+    assert talk is not None
+    assert talk["template"] == TEMPLATE
+    tokens = _tokens(case.store, child.dataset)
+    counts, stored = counts_of(tokens), without_mask(tokens)
+    assert np.count_nonzero(counts & (stored == ids["eot"])) == 39, "each answer's end counts, no question's"
+    assert np.count_nonzero(stored == ids["eot"]) == 2 * 39
+    assert not counts[stored == child.dataset.eot].any()
+    other = validation_data(case.store, child, lambda _: None)
+    assert (other.tokens, other.counted) == (child.dataset.tokens, child.dataset.counted)
+
+    (held,) = {str(parent_of(RunLog(case.store, child.run).fold())["run"])}  # type: ignore[index]
+    for run in (held, child.run):
+        theirs = tokenizer_of(case.store, f"run:{run}@0")
+        assert theirs is not None
+        assert theirs.beside["chat_template.jinja"] == TEMPLATE
+
+    command = importlib.import_module("flows.cli.chat")
+    asked: list[str] = []
+    ask = Text.ask
+
+    def noted(text: Text, messages: Sequence[Message]) -> None:
+        ask(text, messages)
+        asked.append(text.tokenizer.decode(text.ids, skip_special_tokens=False))
+
+    monkeypatch.setattr(Text, "ask", noted)
+    letter = int(np.flatnonzero(counts & (stored != ids["eot"]))[0])
+    picks = iter([int(stored[letter]), ids["eot"]] * 3)
+    monkeypatch.setattr("flows.show.talk.pick", lambda *_: next(picks))
+    monkeypatch.setattr(command, "_lines", lambda: iter(["the fox?", "and?", "/new", "the fox?"]))
+    code, said = called(["chat", held, "--store", case.url, "--tokens", "2"])
+    assert (code, said) == (0, "n\nn\nn\n")
+    first = "<|begin|>the fox?<|eot|>"
+    assert asked == [first, f"{first}n<|eot|>and?<|eot|>", first]
+    monkeypatch.setattr("flows.show.talk.pick", lambda *_: ids["eot"])
+    monkeypatch.setattr(command, "_lines", lambda: iter(["the fox?"]))
+    assert called(["chat", held, "--store", case.url, "--plain"])[0] == 0
+    assert len(asked) == 3
 
 
 def test_what_cannot_be_read_beside_a_model_is_told_and_left_out(
