@@ -101,6 +101,7 @@ def verify_run(
         gone = RunLog(store, run).fold(state).tombstones - state.tombstones  # the collector was here meanwhile
         wanted = [c for c in wanted if c.n not in gone]
         tally.problems = [p for p in tally.problems if p.checkpoint not in gone]
+    _beginning(store, state, level, tally)
     return Report(run, level, state.n, len(wanted), tally.objects, tally.bytes, tuple(tally.problems))
 
 
@@ -154,6 +155,24 @@ def _fold(store: Store, run: str, record: Record, state: RunState | None, tally:
         tally.found(
             key, f"says something else than the {record.n - 1} records before it (a fold comes every {FOLD_EVERY})"
         )
+
+
+def _beginning(store: Store, state: RunState, level: Level, tally: _Tally) -> None:
+    """The parent's checkpoint that a fork begins from, where it has nothing of its own to go on from."""
+    parent = next((i.body for i in state.interventions if i.body["kind"] == "parent"), None)
+    if parent is None or state.restore_candidates():
+        return
+    run, number = str(parent["run"]), int(parent["checkpoint"])
+    theirs = RunLog(store, run, writer="verify").fold(quick=True)
+    info = theirs.checkpoint(number)
+    if info is None:
+        tally.found(keys.log_key(run, number), f"no checkpoint's record: {state.run} begins from there")
+    elif number in theirs.buried:
+        why = f"given up to the collector (log record {theirs.buried[number]}): {state.run} begins from there"
+        tally.found(keys.run_key(run, info.manifest), why)
+    else:
+        for problem in verify_checkpoint(store, run, info, level):
+            tally.found(problem.key, problem.reason)
 
 
 def _spec_and_plans(store: Store, run: str, state: RunState, tally: _Tally) -> None:

@@ -56,7 +56,8 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     found = state.at_step(step)
     if found is None:
         steps = sorted({c.step for c in state.restore_candidates()})
-        raise SpecError(f"{parent} has no usable checkpoint at step {step}; it has {some_steps(steps) or 'none'}")
+        where = "" if step is None else f" at step {step}"
+        raise SpecError(f"{parent} has no usable checkpoint{where} on its line; it has {some_steps(steps) or 'none'}")
     begins = Parent(parent, state, found, load_what(store, parent))
     digest, whole = begins.what["data"]["digest"], begins.whole
     tree = {**whole, "train": _amended_end(whole["train"], state.amendments)}

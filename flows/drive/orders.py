@@ -17,11 +17,12 @@ from functools import cache
 from typing import Any
 
 from checkpoint.amendments import NONE, Amendments
+from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import Store
 from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.history import recent
-from flows.drive.line import beginning_of
+from flows.drive.line import beginning_of, parent_of
 from flows.drive.persons import who
 from flows.drive.run import (
     Prepared,
@@ -35,7 +36,7 @@ from flows.drive.run import (
     ruling_how,
     spec_under,
 )
-from flows.drive.views import OwnOrder
+from flows.drive.views import OwnOrder, some_steps
 from trainer.errors import PlanError, SpecError
 from trainer.spec import HOW_OF_WHAT, RETIRED, RunSpec, how_map
 
@@ -67,6 +68,8 @@ def place_order(store: Store, prepared: Prepared, asked: Asked) -> Prepared:
 
     def wanted(state: RunState) -> tuple[str, Mapping[str, Any]] | None:
         body = order_of(state, prepared.spec, how, asked)
+        if body is not None and (asked.anew or (asked.wish.rollback_to is not None and body["checkpoint"] is None)):
+            _check_parent(store, state)
         return None if body is None else ("intervention", body)
 
     RunLog(store, prepared.run, writer="user").transact(wanted)
@@ -100,6 +103,27 @@ def order_of(state: RunState, spec: RunSpec, how: Mapping[str, Any], asked: Aske
     body = {"kind": "order", "how": stands if same else how, "by": who(), "via": asked.via}
     flags = (("again", asked.again or over), ("anew", asked.anew))
     return body | _bits(amended, start) | {k: True for k, v in flags if v}
+
+
+def _check_parent(store: Store, state: RunState) -> None:
+    """SpecError where a fork would go back to its beginning, and its parent's checkpoint is no more: what it has saved
+    since would be left for nothing.
+    """
+    parent = parent_of(state)
+    if parent is None:
+        return
+    theirs = RunLog(store, str(parent["run"])).fold(quick=True)
+    info = theirs.checkpoint(int(parent["checkpoint"]))
+    if info is not None and theirs.usable(info) and store.head(run_key(theirs.run, info.manifest)) is not None:
+        return
+    why = "is not there any more"
+    if info is not None and info.n in theirs.buried:
+        why = f"was given up to the collector (log record {theirs.buried[info.n]} of {theirs.run})"
+    elif info is not None and info.n in theirs.damaged:
+        why = f"is damaged ({theirs.damaged[info.n]})"
+    steps = sorted({c.step for c in state.restore_candidates()})
+    mend = f"it can go back to {some_steps(steps)}" if steps else "fork another checkpoint (hotstage runs fork)"
+    raise SpecError(f"{state.run} begins from step {parent['step']} of {parent['run']}, whose checkpoint {why}; {mend}")
 
 
 def _opens(state: RunState, asked: Asked) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from checkpoint.log import RunState
 from flows.drive.events import Event, NoSink, Outcome, Sink
 from flows.drive.hints import step_line
-from flows.drive.line import ordered_back
+from flows.drive.line import beginning_of, ordered_back
 from flows.drive.run import opened_again
 from flows.drive.views import NodeView, Phase, StartAttempt
 from trainer.failures import FAILURES, Failure
@@ -24,11 +24,21 @@ NOT_TOLD = ("sums", "sent", "busy")
 """Of a step's line: for replays and the run's health alone."""
 OVER_S = 60.0
 """Since it was seen last something that did not answer is over: the next time is told again."""
+QUIET_S = 30.0
+"""A node whose agent was not heard of for so long is told."""
 EXIT_CANCELLED = 1
 EXIT_STOPPED = 85
 PARKED = "parked"
 """What people call a run that ended ``preempted``: it has used what it may."""
 EXIT_SUPERSEDED = 78
+
+
+def quiet_words(node: NodeView) -> str:
+    """Of a node that is not known to be gone: its agent is stopped, starved, or cannot reach the store."""
+    return (
+        f"node {node.node}: its agent was not heard of for {node.age_s:.0f} s (stopped, starved, or without the "
+        "store); its ranks may train on, and nothing ends them for that. A stopped process goes on with kill -CONT"
+    )
 
 
 @dataclass
@@ -72,7 +82,8 @@ class Teller:
         run, in all.
         """
         newest = state.at_step()
-        facts = {"attempts": len(state.attempts), "step": newest.step if newest else 0, "steps": steps}
+        saved = newest.step if newest else beginning_of(state).step
+        facts = {"attempts": len(state.attempts), "step": saved, "steps": steps}
         again = state.ended is None or opened_again(state)
         self.tell("known", **facts, ended=None if again or not state.ended else state.ended.outcome)
 
@@ -110,6 +121,8 @@ class Teller:
                 self.phase("warning", f"node {node.node}: {node.error}", key=("trouble", node.node))
             else:
                 self._told.discard(("trouble", node.node))
+            if node.epoch == state.epoch and node.age_s >= QUIET_S and any(r.pid and not r.ended for r in node.ranks):
+                self.silence("unknown", quiet_words(node), "node", f"{node.node}")
 
     def checkpoints(self, state: RunState) -> None:
         """Those that were not told yet; of a run that had begun before this driver the newest alone."""
@@ -175,7 +188,7 @@ class Teller:
             run=self.run,
             outcome=outcome,
             reason=reason,
-            step=newest.step if newest else 0,
+            step=newest.step if newest else beginning_of(state).step,
             state_digest=newest.state_digest if newest else None,
             attempts=len(state.attempts),
             exit_code=code,

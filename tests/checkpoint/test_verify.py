@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -168,6 +169,32 @@ def test_a_reader_finds_a_flipped_byte_in_whatever_it_reads(files: Store, reques
         with pytest.raises(Damaged, match="it is gone"):
             read_all(files, manifest)
         path.write_bytes(before)
+
+
+def test_a_fork_without_a_checkpoint_of_its_own_needs_its_parent_s(tmp_path: Path) -> None:
+    """A fork that gave up for that is told to verify itself: it was all as written."""
+    store = open_store(tmp_path.as_uri())
+    _, parent = a_run(store)
+    info = parent.checkpoints[0]
+    child = RunLog(store, "child-0a1b2c", writer="test")
+    body = {"kind": "parent", "run": RUN, "checkpoint": info.n, "step": info.step, "state_digest": info.state_digest}
+    state = child.append("intervention", body, child.fold())
+    assert verify_run(store, child.run, "full").ok
+    key = keys.run_key(RUN, info.manifest)
+    file = store.local_path(key)
+    assert file is not None
+    file.unlink()
+    assert [(p.key, p.checkpoint) for p in verify_run(store, child.run).problems] == [(key, None)]
+    RunLog(store, RUN, writer="test").append("tombstone", {"checkpoint": info.n}, parent)
+    (problem,) = verify_run(store, child.run).problems
+    assert (problem.key, problem.reason.startswith("given up to the collector (log record ")) == (key, True)
+    shutil.rmtree(tmp_path / "runs" / RUN)
+    (problem,) = verify_run(store, child.run).problems
+    assert problem.key == keys.log_key(RUN, info.n)
+    _, _ = save(
+        store, child, child.append("attempt", attempt_body(), state), seed=3, step=15, owners=[[0, 1], [2, 3, 4]]
+    )
+    assert not any(RUN in p.key for p in verify_run(store, child.run).problems)  # it has one of its own now
 
 
 def test_folds_are_checked_against_the_records(tmp_path: Path) -> None:

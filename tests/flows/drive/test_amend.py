@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from checkpoint.amendments import NONE, Amendments
+from checkpoint.collect.pins import unpin
+from checkpoint.keys import run_key
 from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import Data, Store
 from checkpoint.store.memory import MemoryStore
@@ -363,6 +365,31 @@ def test_a_fork_takes_its_parents_amendments_along(small: tuple[Store, Prepared]
     driven(store, load_run(store, made.run), Nodes())
     (newest,) = RunLog(store, made.run).fold().attempts
     assert (newest.amendments, newest.step) == (state.amendments, 1)
+
+
+def test_a_fork_goes_back_to_its_parent_only_where_that_is_still_there(small: tuple[Store, Prepared]) -> None:
+    """It left what it had saved, and then found nothing to begin from."""
+    store, prepared = small
+    driven(store, prepared, Nodes())
+    log = RunLog(store, prepared.run, writer="agent")
+    log.append("checkpoint", point_body(1), log.fold(), epoch=1)
+    made = fork_run(store, prepared.run, 1, ["name=back"])
+    driven(store, load_run(store, made.run), Nodes())
+    child = RunLog(store, made.run, writer="agent")
+    state = child.fold()
+    state = child.append("checkpoint", point_body(2, state.epoch), state, epoch=state.epoch)
+    back = Asked("runs resume", again=True, wish=Wish(rollback_to=1))
+    with pytest.raises(SpecError, match=r"begins from step 1 of .*, whose checkpoint is not there .*go back to 2$"):
+        place_order(store, load_run(store, made.run), back)  # the record is: its objects are not
+    store.create(run_key(prepared.run, point_body(1)["manifest"]), b"there")
+    place_order(store, load_run(store, made.run), back)
+    unpin(log, f"fork-{made.run}")
+    log.transact(lambda known: ("tombstone", {"checkpoint": 2}) if not known.buried else None)
+    again = replace(back, wish=Wish(rollback_to=1, steps=3))
+    with pytest.raises(SpecError, match=rf"was given up to the collector \(log record \d+ of {prepared.run}\)"):
+        place_order(store, load_run(store, made.run), again)
+    with pytest.raises(SpecError, match=r"has no usable checkpoint on its line; it has none"):
+        fork_run(store, prepared.run, None, ["name=other"])
 
 
 def test_a_fork_is_listed_once_its_log_says_from_where_it_begins(

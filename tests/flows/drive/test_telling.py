@@ -10,8 +10,8 @@ from checkpoint.store import open_store
 from flows.drive.events import Event
 from flows.drive.line import ordered_back
 from flows.drive.live import on_line
-from flows.drive.telling import OVER_S, Teller
-from flows.drive.views import NodeView, Phase, Restore, StartAttempt
+from flows.drive.telling import OVER_S, QUIET_S, Teller
+from flows.drive.views import NodeView, Phase, RankView, Restore, StartAttempt
 from flows.show.facts import attempt_facts
 from flows.show.lines import Lines
 from tests.checkpoint.samples import attempt_body, point_body
@@ -57,6 +57,20 @@ def test_an_outage_is_told_once_and_the_next_one_again() -> None:
         now += seconds
         teller.silence("unknown", "the API server does not answer", "launcher", "the API server does not answer")
     assert heard.phases == [("unknown", "the API server does not answer")] * 2
+
+
+def test_a_node_that_is_not_heard_of_is_told_once_while_its_ranks_may_train() -> None:
+    """Its launcher sees its processes, stopped ones too, so nothing ends it: it was waited for in silence."""
+    heard, state = Heard(), RunState("r-0a1b2c")
+    teller, trains = Teller("r-0a1b2c", heard), (RankView(0, pid=7),)
+    for age_s in (1.0, QUIET_S - 1, QUIET_S + 1, QUIET_S + 2):
+        teller.nodes(state, [NodeView(0, alive=True, ranks=trains, age_s=age_s)])
+    ((phase, text),) = heard.phases
+    assert (phase, text.startswith("node 0: its agent was not heard of for 31 s")) == ("unknown", True)
+    over = (RankView(0, pid=7, code=0),)
+    for ranks in ((), over):
+        teller.nodes(state, [NodeView(1, alive=True, ranks=ranks, age_s=QUIET_S + 1)])
+    assert len(heard.phases) == 1
 
 
 def test_steps_whose_lines_come_after_the_next_attempt_has_begun_are_lost_all_the_same() -> None:
