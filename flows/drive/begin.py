@@ -84,31 +84,40 @@ def _check_evaluations(prepared: Prepared, store: Store, say: Callable[[str], No
 
 
 def _tell_left(prepared: Prepared, store: Store, say: Callable[[str], None]) -> None:
-    """A word on runs that have not ended and differ in their data alone: who stopped one and comes back with the same
-    spec after a file of the corpus has changed begins anew."""
-    name, mine = prepared.spec.name, _but_for_data(what_map(prepared.spec, prepared.dataset))
+    """A word on runs of the same spec but for the corpus, which have not ended, or for the number of steps: who comes
+    back after a file has changed, or wants a run to go on, begins anew."""
+    name, mine = prepared.spec.name, what_map(prepared.spec, prepared.dataset)
     for info in islice(store.list(f"{INDEX}{name}-"), _LOOKED_AT):
         run = info.key.removeprefix(INDEX)
         if run.rpartition("-")[0] != name or not is_run(run):
             continue
         try:
-            if _but_for_data(load_what(store, run)) != mine:
+            theirs = load_what(store, run)
+            data = _but_for_data(theirs) == _but_for_data(mine)
+            if not data and _but_for_steps(theirs) != _but_for_steps(mine):
                 continue
         except (SpecError, Damaged):  # it says so itself
             continue
-        state = RunLog(store, run).fold(quick=True)
+        state, steps = RunLog(store, run).fold(quick=True), prepared.spec.train.steps
         saved = state.at_step(None)
-        if state.ended is None and saved is not None:
-            resume = f"hotstage runs resume {run} --store {shlex.quote(store.url)}"
-            say(
-                f"run {prepared.run} is a new one: {run} (saved at step {saved.step}) has not ended, its spec is the "
-                f"same and its data are others, so the corpus has changed; `{resume}` goes on with it"
-            )
+        if saved is None or (state.ended is not None if data else steps <= saved.step):
+            continue
+        why, more = f"has the same spec but for train.steps ({theirs['train']['steps']})", f" --steps {steps}"
+        if data:
+            why, more = "has not ended, its spec is the same and its data are others, so the corpus has changed", ""
+        say(
+            f"run {prepared.run} is a new one: {run} (saved at step {saved.step}) {why}; "
+            f"`hotstage runs resume {run}{more} --store {shlex.quote(store.url)}` goes on with it"
+        )
 
 
 def _but_for_data(what: Mapping[str, Any]) -> dict[str, Any]:
     """A What without what the data make of it."""
     return {**what, "model": {**what["model"], "vocab": 0}, "data": {**what["data"], "digest": ""}}
+
+
+def _but_for_steps(what: Mapping[str, Any]) -> dict[str, Any]:
+    return {**what, "train": {**what["train"], "steps": 0}}
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def test_a_damaged_what_is_no_other_run(ground: tuple[Store, RunSpec], held: byt
         prepare_run(named(ground, f"cut{len(held)}"), store)
 
 
-def test_who_comes_back_to_a_corpus_that_has_changed_is_told_of_the_run_that_was_left(
+def test_who_comes_back_to_a_corpus_that_has_changed_or_for_more_steps_is_told_of_the_run_that_was_left(
     ground: tuple[Store, RunSpec], tmp_path: Path
 ) -> None:
     store, said = ground[0], list[str]()
@@ -138,6 +138,14 @@ def test_who_comes_back_to_a_corpus_that_has_changed_is_told_of_the_run_that_was
     assert f"hotstage runs resume {left} --store {store.url}`" in told
     on(f"text:{tmp_path}/b.txt")
     assert not [line for line in said if left in line], "only a run that is new needs it"
+    more = on(ground[1].data.source, steps=9)
+    (told,) = [line for line in said if left in line]
+    assert told.startswith(
+        f"run {more} is a new one: {left} (saved at step 7) has the same spec but for train.steps (4)"
+    )
+    assert f"hotstage runs resume {left} --steps 9 --store {store.url}`" in told
+    on(ground[1].data.source, steps=7)
+    assert not [line for line in said if left in line], "it is there already"
 
 
 @pytest.mark.parametrize(
