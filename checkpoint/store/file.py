@@ -228,7 +228,7 @@ class FileStore:
             temporary = self._write(data, durable=False)
             try:
                 self._into_place(os.replace, temporary, path, durable=False)
-            except OSError:
+            except (OSError, StoreError):
                 os.unlink(temporary)
                 raise
         except OSError as error:

@@ -322,6 +322,18 @@ def test_a_store_that_is_gone_is_not_begun_anew(tmp_path: Path, unmounted: bool,
     assert store.get(KEY) == b"x"
 
 
+def test_where_another_store_has_taken_its_place_nothing_is_left(tmp_path: Path) -> None:
+    """An agent that nobody stopped left a temporary file there four times a second."""
+    store = FileStore(tmp_path / "store")
+    assert store.create(KEY, b"x")
+    (tmp_path / "store").rename(tmp_path / "away")
+    assert FileStore(tmp_path / "store").create("runs/other/log/1", b"x")
+    for write in (store.put, store.create):
+        with pytest.raises(StoreUnavailable, match="this process has used it"):
+            write("runs/r/live/a", b"x")
+    assert [p.name for p in (tmp_path / "store").iterdir() if any(p.iterdir())] == ["runs"]
+
+
 @pytest.mark.parametrize("who", ["wrote", "read"])
 def test_a_store_whose_folder_has_another_number_is_the_same_where_it_holds_what_it_held(
     tmp_path: Path, who: str
