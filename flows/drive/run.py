@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from checkpoint.amendments import NONE, Amendments
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import Damaged, NotFound
-from checkpoint.keys import INDEX, index_key, is_run, plan_key, spec_key
+from checkpoint.keys import INDEX, index_key, is_run, plan_key, run_key, spec_key
 from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.read import refuse_newer
@@ -144,8 +144,8 @@ def create_run(prepared: Prepared, store: Store, begins: Callable[[], None] | No
     ``begins``: writes the record by which the log of a fork begins. A run is listed after that: whoever resumed one
     whose fork was killed in between would train it from its start.
 
-    Raises SpecError where another run has this name, Damaged where its What cannot be read, PlanError where its plan is
-    there and damaged, OtherVersion.
+    Raises SpecError where another run has this name, Damaged where its What cannot be read or its log is missing,
+    PlanError where its plan is there and damaged, OtherVersion.
     """
     run, spec = prepared.run, prepared.spec
     readable(store, run)
@@ -297,9 +297,16 @@ def find_run(store: Store, name: str) -> str:
 
 def readable(store: Store, run: str) -> RunState:
     """The run's log, before anything is written for it. OtherVersion where a newer hotstage has gone on with it, or
-    wrote what it would go on from.
+    wrote what it would go on from. Damaged where there is state without a log (a copy of a store that is not whole):
+    the run would be trained anew, under the names of what is there.
     """
     state = RunLog(store, run).fold(quick=True).of_this_version()
+    there = None if state.n else next(iter(store.list(run_key(run, "chunks") + "/")), None)
+    if there is not None and not RunLog(store, run).fold(quick=True).n:  # nobody began it in between
+        raise Damaged(
+            f"run {run} has state in {store.describe()} (such as {there.key}) and no log: a copy of a store that is "
+            f"not whole? Copy runs/{run}/log/ too, or remove runs/{run}/ to begin anew"
+        )
     for newest in state.restore_candidates()[:1]:
         refuse_newer(store, run, newest)
     return state

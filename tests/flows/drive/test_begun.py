@@ -8,7 +8,7 @@ import pytest
 
 from checkpoint.codec import pack, unpack
 from checkpoint.errors import Damaged
-from checkpoint.keys import index_key, spec_key
+from checkpoint.keys import chunk_name, index_key, run_key, spec_key
 from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data import prepare
@@ -112,6 +112,19 @@ def test_a_damaged_what_is_no_other_run(ground: tuple[Store, RunSpec], held: byt
     store.create(spec_key(run), held)
     with pytest.raises(Damaged, match=f"spec of (run )?{run}"):
         prepare_run(named(ground, f"cut{len(held)}"), store)
+
+
+def test_a_run_whose_log_was_not_copied_is_not_trained_anew(ground: tuple[Store, RunSpec]) -> None:
+    store, spec = ground[0], named(ground, "copied")
+    run = prepare_run(spec, store).run
+    chunk = run_key(run, chunk_name(7, 1, 0, "i1", 0))
+    store.create(chunk, b"state")
+    for again in (lambda: prepare_run(spec, store), lambda: ask_run(store, run, ()), lambda: load_run(store, run)):
+        with pytest.raises(Damaged, match=rf"such as {chunk}\) and no log: .* Copy runs/{run}/log/ too"):
+            again()
+    log = RunLog(store, run)
+    begin(log, log.fold())
+    assert prepare_run(spec, store).run == run
 
 
 def test_who_comes_back_to_a_corpus_that_has_changed_or_for_more_steps_is_told_of_the_run_that_was_left(
