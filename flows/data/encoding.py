@@ -182,13 +182,14 @@ def _encode_part(task: Task, encoder: Encoder, number: int, batches: Iterator[li
 def _talk(encoder: Encoder, encoded: EncodedText, spans: Spans, mask: int) -> list[int]:
     """A conversation's tokens. The one that ends the document counts where it is what ends an answer: where that has no
     special token of its own."""
-    ids, counts = list(encoded.ids), counting(encoded.offsets, spans)
+    ids, counts = encoded.ids, counting(encoded.offsets, spans)
+    made: list[int] = np.where(counts, ids, np.bitwise_or(ids, mask)).tolist() if ids else []
     if encoder.begin is not None and ids[:1] != [encoder.begin]:
-        ids, counts = [encoder.begin, *ids], [False, *counts]
+        made.insert(0, encoder.begin | mask)
     if encoder.eot is not None and ids[-1:] != [encoder.eot]:
-        counts.append(bool(counts) and counts[-1] and ids[-1] not in encoder.special)
-        ids.append(encoder.eot)
-    return [token if count else token | mask for token, count in zip(ids, counts, strict=True)]
+        ends = bool(ids) and bool(counts[-1]) and ids[-1] not in encoder.special
+        made.append(encoder.eot if ends else encoder.eot | mask)
+    return made
 
 
 def _blocks(task: Task, encoder: Encoder) -> Iterator[_Block]:

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
@@ -423,17 +425,18 @@ def _checked_ends(form: ChatForm, messages: Sequence[Message], text: str, where:
     return text
 
 
-def counting(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
+def counting(offsets: Sequence[tuple[int, int]], spans: Spans) -> npt.NDArray[np.bool_]:
     """Of each token, by its first and end character, whether some of it lies in a span.
 
-    >>> counting([(0, 2), (2, 2), (3, 4), (3, 4)], ((3, 4),))
+    >>> counting([(0, 2), (2, 2), (3, 4), (3, 4)], ((3, 4),)).tolist()
     [False, False, True, True]
     """
-    counts, before, at = [], 0, 0
-    for first, end in offsets:
-        begin = first if end > first else min(first, before)  # of blanks, which a tokenizer leaves out of its offsets
-        before = max(before, end)
-        while at < len(spans) and spans[at][1] <= begin:
-            at += 1
-        counts.append(at < len(spans) and spans[at][0] < end)
-    return counts
+    if not spans:
+        return np.zeros(len(offsets), bool)
+    firsts, ends = np.fromiter(itertools.chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
+    before = np.concatenate(([0], np.maximum.accumulate(ends)))[:-1]
+    # of blanks, which some tokenizers leave out of their offsets, what lies behind the token before
+    begins = np.where(ends > firsts, firsts, np.minimum(firsts, before))
+    places = np.asarray(spans, np.int64)
+    at = np.searchsorted(places[:, 1], begins, "right")  # the first span that ends behind its beginning
+    return np.asarray((at < len(places)) & (places[np.minimum(at, len(places) - 1), 0] < ends))
