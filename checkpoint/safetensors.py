@@ -76,7 +76,10 @@ def read_folder(folder: Path) -> dict[str, FileTensor]:
                 found[tensor.name] = tensor
     missing = sorted(where.keys() - found.keys())
     if missing:
-        raise NoWeights(f"{index}: {missing[0][:80]!r} is not in {where[missing[0]]}, which it names")
+        raise NoWeights(
+            f"{index}: {missing[0][:80]!r} is not in {where[missing[0]]}, which it names: fetch the folder again, or "
+            "take that line out if it is not stored (the head of a model whose head is its embedding)"
+        )
     return found
 
 

@@ -38,8 +38,11 @@ MAX_BYTES = 16 << 20
 _VERSION = 1
 _OF_A_MACHINE = ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file")
 """Keys of a tokenizer_config.json that say where it once lay."""
-_GENERIC = "TokenizersBackend"
-"""What transformers 5 calls a tokenizer.json, and 4 does not know; both know PreTrainedTokenizerFast."""
+_GENERIC = "Backend"
+"""How transformers 5 calls what reads a tokenizer's file (TokenizersBackend, MistralCommonBackend) ends, and 4 does not
+know it; both know PreTrainedTokenizerFast for a tokenizer.json."""
+_SPECIAL, _EXTRA = "additional_special_tokens", "extra_special_tokens"
+"""Lists of further tokens: transformers 5 writes the second one, and reads both; 4 takes a table under that name."""
 
 Beside = Mapping[str, str]
 """The text of each file by its name."""
@@ -138,14 +141,16 @@ def tokenizer_config_of(files: Beside, tokenizer: Tokenizer, begin: int | None, 
     told = {key: value for name in TREES[2:] for key, value in tree_of(files, name).items()}
     code = told.pop("auto_map", None)
     kept = {key: value for key, value in told.items() if key not in _OF_A_MACHINE and _holds(key, value, tokenizer)}
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        if isinstance(kept.get(key), list):
-            kept[key] = [one for one in kept[key] if id_of(tokenizer, content_of(one)) is not None]
+    further = [one for key in (_SPECIAL, _EXTRA) if isinstance(kept.get(key), list) for one in kept.pop(key)]
+    if held := {content_of(one): one for one in further if id_of(tokenizer, content_of(one)) is not None}:
+        kept[_SPECIAL] = list(held.values())
+    if isinstance(named := kept.get(_EXTRA), Mapping):
+        kept[_EXTRA] = {name: one for name, one in named.items() if id_of(tokenizer, content_of(one)) is not None}
     if isinstance(rows := kept.get("added_tokens_decoder"), Mapping):
         kept["added_tokens_decoder"] = {
             number: row for number, row in rows.items() if str(id_of(tokenizer, content_of(row))) == number
         }
-    if code is not None or kept.get("tokenizer_class") == _GENERIC:
+    if code is not None or str(kept.get("tokenizer_class")).endswith(_GENERIC):
         kept.pop("tokenizer_class", None)
     if begin is not None and content_of(kept.get("bos_token")) != tokenizer.id_to_token(begin):
         kept.pop("bos_token", None)

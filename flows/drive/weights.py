@@ -44,6 +44,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Constants that some files carry beside the weights."""
 WRAPPERS = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before the names of a model's tensors."""
+_HEAD = "lm_head.weight"
 _ANY = ("vocab", "context", "init_std", "init")
 """Of a model: what its tensors' shapes say, or what only matters where weights are drawn."""
 _EFFECTIVE = {"kv_heads": "groups", "head_size": "size_of_head", "hidden": "size_of_hidden"}
@@ -236,10 +237,10 @@ def _rows_of(files: Mapping[str, FileTensor], folder: Path, model: ModelSpec) ->
             wrong.append(f"{entry.name} is {shape_text(tensor.shape)}, the spec's model has {shape_text(entry.shape)}")
     known = {entry.name for entry in table}
     others = [n for n in sorted(named) if n not in known and not n.endswith(BUFFERS)]
-    if model.tied and "lm_head.weight" in others:
-        others.remove("lm_head.weight")
-        if not _is_embedding(named["lm_head.weight"], table, named):
-            wrong.append(f"lm_head.weight is not {table[0].name}, and the spec's model is tied: set model.tied = false")
+    if model.tied and _HEAD in others:
+        others.remove(_HEAD)
+        if not _is_embedding(named[_HEAD], table, named):
+            wrong.append(f"{_HEAD} is not {table[0].name}, and the spec's model is tied: set model.tied = false")
     wrong += [f"{n} ({shape_text(named[n].shape)}) is not of the spec's model" for n in others]
     if wrong:
         more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
@@ -347,13 +348,17 @@ def _sources(rows: Sequence[tuple[HfTensor, FileTensor]], model: ModelSpec) -> d
 
 def _named(files: Mapping[str, FileTensor], wanted: Sequence[str]) -> dict[str, FileTensor]:
     """The files' tensors by the names that are wanted: some leave the first word out (``transformer.``, ``model.``),
-    others have a wrapper's before all of them."""
+    others have a wrapper's before all of them; who stores a tensor with two names once may have left out the first one,
+    the embedding, for the head of a tied model."""
     while wrapper := next((w for w in WRAPPERS if files and all(name.startswith(w) for name in files)), None):
         files = {name.removeprefix(wrapper): tensor for name, tensor in files.items()}
-    if any(name in files for name in wanted if "." in name and not name.startswith("lm_head.")):
-        return dict(files)
-    longer = {name.partition(".")[2]: name for name in wanted}
-    return {longer.get(name, name): tensor for name, tensor in files.items()}
+    named = dict(files)
+    if not any(name in files for name in wanted if "." in name and not name.startswith("lm_head.")):
+        longer = {name.partition(".")[2]: name for name in wanted}
+        named = {longer.get(name, name): tensor for name, tensor in files.items()}
+    if _HEAD in named and _HEAD not in wanted and wanted[0] not in named:
+        named[wanted[0]] = named.pop(_HEAD)
+    return named
 
 
 def _is_embedding(head: FileTensor, table: Sequence[HfTensor], named: Mapping[str, FileTensor]) -> bool:

@@ -124,6 +124,22 @@ def test_what_files_carry_beside_the_weights_is_left_out(ground: tuple[Store, Ru
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == arrays.keys()
 
 
+@pytest.mark.parametrize("before", ["transformer.", ""])
+def test_a_tied_model_s_embedding_may_be_stored_as_the_head_alone(
+    ground: tuple[Store, RunSpec], tmp_path: Path, before: str
+) -> None:
+    """Of a tensor with two names those who store it once keep either."""
+    store, spec = ground[0], spec_of(ground, f"imp-head{len(before)}")
+    arrays, _ = weights(spec, vocab_of(ground))
+    named = {before + n.removeprefix("transformer."): a for n, a in arrays.items()}
+    named["lm_head.weight"] = named.pop(f"{before}wte.weight")
+    made = import_run(store, write(tmp_path / "in", named), spec)
+    export_hf(store, made.parent, 0, Folder(tmp_path / "out"))
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert back.keys() == arrays.keys()
+    assert back["transformer.wte.weight"].tobytes() == arrays["transformer.wte.weight"].tobytes()
+
+
 Change = Callable[[Arrays, dict[str, object]], object]
 WRONG: list[tuple[str, Change, str]] = [
     ("missing", lambda a, _: a.pop("transformer.wpe.weight"), "wpe.weight is missing"),

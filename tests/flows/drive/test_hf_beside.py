@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tokenizers import Tokenizer
 
 from checkpoint import keys
 from checkpoint.dataset import load_dataset_manifest
@@ -22,7 +23,7 @@ from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data.sources.talk import Message
 from flows.drive.begin import prepare_run
-from flows.drive.hf_beside import beside_of, read_beside
+from flows.drive.hf_beside import beside_of, read_beside, tokenizer_config_of
 from flows.drive.line import parent_of
 from flows.drive.their_tokenizer import tokenizer_of
 from flows.evaluate.validate import validation_data
@@ -193,6 +194,29 @@ def test_what_cannot_be_read_beside_a_model_is_told_and_left_out(
     why = ("tokenizer_config.json: is no JSON", r"chat_template.jinja: line 1 holds the byte 0xE9, which is no UTF-8")
     for words, one in zip(why, told, strict=True):
         assert re.search(rf"{words}.*; exports of the model will not have what it says", one)
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ({"extra_special_tokens": ["<|end|>", "<none>"]}, {"additional_special_tokens": ["<|end|>"]}),
+        ({"extra_special_tokens": ["<none>"], "tokenizer_class": "MistralCommonBackend"}, {}),
+        (
+            {
+                "extra_special_tokens": {"image_token": "<|end|>", "boi_token": "<none>"},
+                "tokenizer_class": "GPT2Tokenizer",
+            },
+            {"extra_special_tokens": {"image_token": "<|end|>"}, "tokenizer_class": "GPT2Tokenizer"},
+        ),
+        (
+            {"extra_special_tokens": ["!", "<|end|>"], "additional_special_tokens": [{"content": "<|end|>"}]},
+            {"additional_special_tokens": ["<|end|>", "!"]},
+        ),
+    ],
+)
+def test_what_transformers_5_wrote_is_said_so_that_4_opens_it_too(told: dict[str, Any], kept: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.from_file(str(IMPORT / "gpt2-untied-f32" / "tokenizer.json"))
+    assert tokenizer_config_of({"tokenizer_config.json": json.dumps(told)}, tokenizer, None, 37) == kept
 
 
 def _tree(file: Path) -> dict[str, Any]:
