@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
@@ -21,6 +22,7 @@ from uuid import UUID, uuid4
 from flows.proxies import reach_directly
 
 if TYPE_CHECKING:
+    import httpx
     from prefect.client.orchestration import SyncPrefectClient
 
 T = TypeVar("T")
@@ -252,6 +254,8 @@ class Client:
     patience_s: float = 0.0
     heard: Callable[[], None] = lambda: None
     """Called at each answer, also that it is busy."""
+    _moved: tuple[str, str] | None = None
+    """Of the request that is made: as it was asked, and where the server sent it on to at last."""
 
     @classmethod
     @contextlib.contextmanager
@@ -294,7 +298,10 @@ class Client:
                     f"a proxy is no address ({error}): write HTTP_PROXY, HTTPS_PROXY and ALL_PROXY as http://host:port"
                 )
             raise Refused(mend) from error
-        return cls(inner, without_login(str(inner.api_url)).rstrip("/"), lambda: context.__exit__(None, None, None))
+        made = cls(inner, without_login(str(inner.api_url)).rstrip("/"), lambda: context.__exit__(None, None, None))
+        hooks = inner._client.event_hooks
+        inner._client.event_hooks = {**hooks, "response": [*hooks["response"], made._see_moved]}
+        return made
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -320,19 +327,20 @@ class Client:
         import httpx
         from prefect.exceptions import ObjectNotFound
 
+        self._moved = None
         try:
             return work()
         except ObjectNotFound as error:
-            raise Lost("it does not know what it was told before") from error
+            raise self._unknown(getattr(error.http_exc, "response", None)) from error
         except httpx.HTTPStatusError as error:
             code = error.response.status_code
             if code in (401, 403):
                 raise Refused(
                     f"{code}: the API key or password is not accepted; see PREFECT_API_KEY, PREFECT_API_AUTH_STRING "
-                    f"and `prefect cloud login`{_login_form()}"
+                    f"and `prefect cloud login`{_login_form()}{self._moved_to()}"
                 ) from error
             if code in (404, 410):
-                raise Lost(f"{code}: it does not know what it was told before") from error
+                raise self._unknown(error.response) from error
             if code == 503:
                 raise Busy(f"{self.url} answers {code}") from error
             if code >= 500 or code in (408, 429):
@@ -340,16 +348,49 @@ class Client:
                 with contextlib.suppress(KeyError, ValueError):  # it may be a date
                     gone.after_s = min(max(float(error.response.headers["Retry-After"]), 0.0), AFTER_MOST_S)
                 raise gone from error
-            raise Refused(f"{code}: {error.response.text[:300]}{self._older() if code == 422 else ''}") from error
+            older = self._older() if code == 422 else ""
+            raise Refused(f"{code}: {error.response.text[:300]}{older}{self._moved_to()}") from error
         except httpx.ReadTimeout as error:
             raise Slow(f"no answer at {self.url} within {TIMEOUT_S:.0f} s") from error
         except httpx.LocalProtocolError:  # what is sent does not hold; its words show the key
             raise Refused(_NO_HEADER) from None
         except httpx.TransportError as error:
             what = str(error) or type(error).__name__
-            raise Gone(f"no answer at {self.url}: {what}{_tls(what)}") from error
+            raise Gone(f"no answer at {self.url}: {what}{_tls(what)}{self._moved_to()}") from error
         except ValueError as error:  # a gateway's page of HTML where JSON should be
-            raise Gone(f"{self.url} does not answer as Prefect does: {str(error)[:120]}") from error
+            raise Gone(f"{self.url} does not answer as Prefect does: {str(error)[:120]}{self._moved_to()}") from error
+
+    def _unknown(self, reply: httpx.Response | None) -> Gone:
+        """What a 404 stands for: Prefect says in JSON what it does not know, a proxy that has no server has words."""
+        said: Any = None
+        with contextlib.suppress(ValueError, AttributeError):
+            said = reply.json()  # type: ignore[union-attr]
+        if reply is None or isinstance(said, dict):
+            code = "" if reply is None else f"{reply.status_code}: "
+            return Lost(f"{code}it does not know what it was told before{self._moved_to()}")
+        return Gone(
+            f"{self.url} answers {reply.status_code} as Prefect does not: {reply.text.strip()[:80]!r}{self._moved_to()}"
+        )
+
+    def _see_moved(self, reply: httpx.Response) -> None:
+        if reply.has_redirect_location:
+            asked = str(reply.request.url)
+            first = self._moved[0] if self._moved and self._moved[1] == asked else asked
+            self._moved = first, str(reply.request.url.join(reply.headers["location"]))
+
+    def _moved_to(self) -> str:
+        """The mend where requests are sent on to another address, which is followed: what is created there is only
+        asked for then; empty where they are not."""
+        if self._moved is None:
+            return ""
+        asked, told = (without_login(url).partition("?")[0] for url in self._moved)
+        end = asked.removeprefix(self.url)
+        if told.endswith(end):
+            return f"; requests are sent on to {told.removesuffix(end)}: set that as PREFECT_API_URL"
+        return (
+            f"; requests are sent on to {told[:200]}, as for people who have to log in: name an address for programs, "
+            "or what lets them pass in PREFECT_CLIENT_CUSTOM_HEADERS"
+        )
 
     def _older(self) -> str:
         """What to say where the server is of an older version than this client, and so does not know all that it
@@ -367,8 +408,20 @@ class Client:
         )
 
     def check(self) -> None:
-        """An answer that needs the credentials."""
-        self.send("POST", "/flows/count", {})
+        """An answer that needs the credentials. Gone, not Lost, where there is no such API."""
+        with self._no_api():
+            self.send("POST", "/flows/count", {})
+
+    @contextlib.contextmanager
+    def _no_api(self) -> Iterator[None]:
+        """Where nothing was told before: 404 says that the address is another one's."""
+        try:
+            yield
+        except Lost as error:
+            raise Gone(
+                f"{self.url} answers 404, so Prefect's API is not there: it is below what the server's "
+                "PREFECT_SERVER_API_BASE_PATH and a proxy's rules say, /api by itself"
+            ) from error
 
     def page_of(self, flow_run: str) -> str:
         """Where a browser finds the flow run."""
@@ -426,8 +479,9 @@ class Client:
         from prefect.states import Running
 
         flow = Flow(_hosted, name=TRAIN_FLOW)
-        made = self.call(lambda: self.inner.create_flow_run(flow, parameters=parameters, name=name, state=Running()))
-        return str(made.id)
+        make = partial(self.inner.create_flow_run, flow, parameters=parameters, name=name, state=Running())
+        with self._no_api():
+            return str(self.call(make).id)
 
     def rename_flow_run(self, flow_run: str, name: str, parameters: dict[str, Any]) -> None:
         self.call(lambda: self.inner.update_flow_run(UUID(flow_run), name=name, parameters=parameters))

@@ -14,13 +14,15 @@ from base64 import b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from flows.flow import spec_to_train
-from flows.prefect_api import answers
+from flows.prefect_api import Client, Gone, Lost, Refused, answers
 from tests.flows.conftest import Api, started
 from tests.support.chaos import ask_to_stop, caught
+from tests.support.front import Front
 from tests.support.place import ROOT, STEPS, Place, finish
 from tests.support.wait import wait_for
 from trainer.errors import SpecError
@@ -235,6 +237,28 @@ def test_where_prefect_is_may_be_said_in_every_place_that_prefect_reads(tmp_path
         assert source in said[name].out
     assert said["nothing"].out.strip() == "None"
     assert said["broken"].code == 0, said["broken"].err
+
+
+def test_what_stands_before_a_server_is_not_taken_for_it(prefect: Api) -> None:
+    """An address that sends requests on, a proxy whose server is away, and one that has the API elsewhere."""
+    front, nobody = Front(prefect.server.api), str(uuid4())
+    try:
+        with Client.open(front.api) as client:
+            assert not client.has_flow_run(nobody), "that is Prefect's own word"
+            front.mode = "no server"
+            with pytest.raises(Gone, match="answers 404 as Prefect does not: '404 page not found'") as gone:
+                client.has_flow_run(nobody)
+            assert not isinstance(gone.value, Lost)
+            front.mode = "moved"
+            with pytest.raises(Refused, match=f"405.*; requests are sent on to {prefect.server.api}: set that as"):
+                client.check()
+            assert not client.has_flow_run(nobody), "what is only asked for is followed"
+            front.mode = "pass"
+            client.check()
+        with Client.open(f"{front.api}/v2") as client, pytest.raises(Gone, match="Prefect's API is not there"):
+            client.check()
+    finally:
+        front.close()
 
 
 def test_a_password_in_the_url_is_used_and_never_told(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ _OWN = ("host", "connection", "accept-encoding")  # what is passed on is read as
 
 
 class Front:
-    """``mode``: "pass", a number (the code of every answer), "hang", or "html" (a gateway's page). ``asked`` counts; of
-    ``busy_each`` answers one is 503 (0: none).
+    """``mode``: "pass", a number (the code of every answer), "hang", "html" (a gateway's page), "no server" (a proxy's
+    own 404), or "moved" (301 to the server itself). ``asked`` counts; of ``busy_each`` answers one is 503 (0: none).
     """
 
     def __init__(self, target: str) -> None:
@@ -38,6 +38,10 @@ class Front:
                     return
                 if mode == "html":
                     return self._answer(200, {"content-type": "text/html"}, b"<html>please log in</html>")
+                if mode == "no server":
+                    return self._answer(404, {"content-type": "text/plain"}, b"404 page not found")
+                if mode == "moved":
+                    return self._answer(301, {"location": f"{parts.scheme}://{parts.netloc}{self.path}"}, b"")
                 if isinstance(mode, int):
                     return self._answer(mode, {"content-type": "application/json"}, b'{"detail": "the door"}')
                 inner = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
