@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from typing import TypeVar
 
 import boto3
@@ -127,6 +128,10 @@ _SIZE = (
 )
 _OTHER = "check the address, the rights and what the server supports"
 _LACKS = "the server lacks what hotstage needs (conditional writes, with a SHA-256): use another one"
+_DENIED = (
+    "a policy forbids it expressly, whatever rights this identity has: a bucket's often asks for encryption "
+    "(?sse=aws:kms&kms_key=… or ?sse=AES256 in the address), for https or for a network; its Deny has the condition"
+)
 _KMS_KEY = (
     "it is about the KMS key that encrypts the object (?kms_key=…, or the bucket's): it must be there and enabled, and "
     "this identity needs kms:GenerateDataKey and kms:Decrypt, by its policy and by the key's"
@@ -147,8 +152,10 @@ _MEND = {
     "EntityTooLarge": _SIZE,
     "403": f"check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; {_RIGHTS}",
     "InvalidAccessKeyId": "the server does not know this access key: check AWS_ACCESS_KEY_ID and the endpoint",
-    "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY",
-    "RequestTimeTooSkewed": "this machine's clock is more than 15 minutes off: set it",
+    "SignatureDoesNotMatch": "the secret key does not belong to the access key: check AWS_SECRET_ACCESS_KEY; or a "
+    "proxy on the way changes what was signed (Host with its port, the path): it is to hand that on as it came (nginx: "
+    "proxy_set_header Host $http_host)",
+    "RequestTimeTooSkewed": "the two clocks are more than 15 minutes apart: set the wrong one",
     "InvalidObjectState": "the object was moved into an archive: restore it (aws s3api restore-object), and let no "
     "lifecycle rule touch what is below the store's prefix",
     "NotImplemented": _LACKS,
@@ -311,6 +318,10 @@ def _answered(error: botocore.exceptions.ClientError, what: str, store: str, key
     if code in _RETRY_CODES or ((status in _RETRY_STATUS or status >= _OF_PROXIES) and code not in _MEND):
         return StoreUnavailable(said)
     mend = _LACKS if _HEADER.search(text) else _MEND.get(code, _OTHER)
+    if code == "AccessDenied" and "explicit deny" in text:
+        mend = _DENIED
+    if code == "RequestTimeTooSkewed":
+        said += f": it is {meta.get('HTTPHeaders', {}).get('date', '?')} there, {formatdate(usegmt=True)} here"
     if code.startswith("KMS.") or "kms:" in text:
         mend = _KMS_KEY
     return StoreRefused(f"{said}: {mend}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import timedelta
 from typing import Literal
 
+import botocore.auth
 import botocore.exceptions
 import botocore.parsers
 import pytest
@@ -16,6 +18,7 @@ from checkpoint.store import open_store
 from checkpoint.store.limits import until
 from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_answers import Retry
+from tests.support.front import Front
 from tests.support.hostile_s3 import SECRET, Fault, HostileS3, Length, client, hostile_s3
 from tests.support.s3_server import BUCKET, S3Server
 
@@ -293,6 +296,26 @@ def test_wrong_secret_unknown_key_missing_bucket(
             store.create(KEY, b"x")
         assert SECRET not in str(caught.value)
     assert SECRET not in caplog.text
+
+
+def test_a_proxy_that_changes_what_was_signed_is_told_beside_the_secret(server: S3Server) -> None:
+    front = Front(server.endpoint)  # it names the server itself as the Host
+    try:
+        with server.identity("trainer"):
+            store = open_store(server.url("x").replace(server.endpoint, front.api.removesuffix("/api")))
+        with pytest.raises(StoreRefused, match=r"DoesNotMatch.*check AWS_SECRET_ACCESS_KEY; or a proxy on the way"):
+            store.create(KEY, b"x")
+    finally:
+        front.close()
+
+
+def test_clocks_that_are_apart_are_both_told(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = botocore.auth.get_current_datetime
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *a, **k: now(*a, **k) - timedelta(hours=1))
+    with server.identity("trainer"):
+        store = open_store(server.url("x"))
+    with pytest.raises(StoreRefused, match=r"RequestTimeTooSkewed.*: it is .{25} GMT there, .{25} GMT here: the two"):
+        store.create(KEY, b"x")
 
 
 def test_a_secret_that_ends_with_a_lines_end_is_told(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,12 @@ def test_a_cap_on_what_is_read_in_a_day_is_waited_for() -> None:
             "… is not authorized to perform: kms:Decrypt on …",
             "needs kms:GenerateDataKey and kms:D",
         ),
+        (
+            403,
+            "AccessDenied",
+            "… is not authorized to perform: s3:PutObject on … with an explicit deny in a resource-based policy",
+            "asks for encryption (?sse=aws:kms&kms_key=… or ?sse=AES256 in the address)",
+        ),
         (417, "417", "", "name the server in NO_PROXY"),
         (407, "407", "", "name and password belong to HTTP_PROXY"),
         (501, "501", "", "the server lacks what hotstage needs"),
