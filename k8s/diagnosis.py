@@ -70,6 +70,9 @@ _SHORT = {
     "unbound": "a volume of launch.pod_patch has no storage behind it: create its claim",
 }
 
+_COMING, _NOT_COMING = ("TriggeredScaleUp", "Nominated"), ("NotTriggerScaleUp", "FailedScaleUp")
+"""Reasons of an autoscaler's events about a pod. Karpenter says FailedScheduling, as the scheduler does."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -415,7 +418,7 @@ def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventVie
     for pod in pods:
         scheduled = pod.conditions.get("PodScheduled")
         if scheduled is not None and scheduled.status == "False" and scheduled.reason != "SchedulingGated":
-            return f"no machine fits {pod.name}: {scheduled.message}{_mend(scheduled.message)}"
+            return _no_machine(pod, scheduled.message, events)
         if scheduled is not None and scheduled.status == "False":
             return f"{pod.name} is held by a scheduling gate"
     for pod in pods:
@@ -437,6 +440,20 @@ def waiting_for(job: JobView, pods: Sequence[PodView], events: Sequence[EventVie
     if not pods:
         return "its pods are not created yet"
     return ", ".join(sorted({_waits_for(pod) for pod in pods}))
+
+
+def _no_machine(pod: PodView, why: str, events: Sequence[EventView]) -> str:
+    """What the scheduler says, and after it what an autoscaler (the cluster's own, Karpenter) makes of that."""
+    for event in reversed(events):
+        if event.about != pod.name:
+            continue
+        if event.reason in _COMING:
+            return f"no machine fits {pod.name} yet: an autoscaler makes one ({event.message})"
+        if event.reason in _NOT_COMING or (event.reason == "FailedScheduling" and "nodepool" in event.message.lower()):
+            full = "max node group size" in event.message or "limit" in event.message
+            mend = "; raise that limit, or end what uses its machines" if full else _mend(why)
+            return f"no machine fits {pod.name}, and an autoscaler makes none: {event.message}{mend}"
+    return f"no machine fits {pod.name}: {why}{_mend(why)}"
 
 
 def _of_kueue(event: EventView) -> bool:

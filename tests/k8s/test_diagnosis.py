@@ -45,6 +45,32 @@ WAITS: dict[str, tuple[PodView | None, list[EventView], str]] = {
     "cordoned": (unscheduled("0/2 nodes are available: 2 node(s) were unschedulable."), [], "kubectl uncordon"),
     "full": (unscheduled("0/2 nodes are available: 2 Too many pods."), [], "as many pods as they may"),
     "gate": (unscheduled("", "SchedulingGated"), [], "scheduling gate"),
+    "a machine that comes": (
+        unscheduled("2 Insufficient cpu"),
+        [EventView("x-k1-1", "TriggeredScaleUp", "pod triggered scale-up: [{pool-1 1->2 (max: 4)}]")],
+        "fits x-k1-1 yet: an autoscaler makes one (pod triggered scale-up: [{pool-1 1->2 (max: 4)}])",
+    ),
+    "no more machines": (
+        unscheduled("2 Insufficient cpu"),
+        [
+            EventView("x-k1-1", "TriggeredScaleUp", "pod triggered scale-up: [{pool-1 3->4 (max: 4)}]"),
+            EventView("x-k1-1", "NotTriggerScaleUp", "pod didn't trigger scale-up: 1 max node group size reached"),
+        ],
+        "an autoscaler makes none: pod didn't trigger scale-up: 1 max node group size reached; raise that limit",
+    ),
+    "no such machine": (
+        unscheduled("2 Insufficient cpu"),
+        [EventView("x-k1-1", "FailedScheduling", 'incompatible with nodepool "default", no instance type', "Warning")],
+        'none: incompatible with nodepool "default", no instance type; lower launch.resources.cpu',
+    ),
+    "another's machine": (
+        unscheduled("2 Insufficient cpu"),
+        [
+            EventView("x-k1-0", "Nominated", "Pod should schedule on: nodeclaim/default-abc"),
+            EventView("x-k1-1", "FailedScheduling", "0/2 nodes are available: 2 Insufficient cpu", "Warning"),
+        ],
+        "no machine fits x-k1-1: 2 Insufficient cpu; lower launch.resources.cpu",
+    ),
     "pulling": (
         pod(1, ContainerView("waiting", "ErrImagePull", "lookup reg.example: no such host"), phase="Pending"),
         [],
