@@ -61,7 +61,8 @@ class S3Store:
     """Objects under a prefix of a bucket.
 
     ``path_style``: whether the bucket stands in the path; None: as boto3 is configured (its own: where the endpoint is
-    a number). ``sse``, ``kms_key``: how the server shall encrypt each object; None: as the bucket says.
+    a number). ``sse``, ``kms_key``: how the server shall encrypt each object; None: as the bucket says. ``anonymous``:
+    nothing is signed, for what everybody may read.
     """
 
     pace = PAID
@@ -76,6 +77,7 @@ class S3Store:
         path_style: bool | None = None,
         sse: str | None = None,
         kms_key: str | None = None,
+        anonymous: bool = False,
         retry: Retry | None = None,
         connect_s: float = 10.0,
         read_s: float = 30.0,
@@ -85,6 +87,7 @@ class S3Store:
         self._retry = retry if retry is not None else Retry()
         style = None if path_style is None or (path_style and endpoint) else str(int(path_style))
         query = {"endpoint": endpoint, "region": region, "path_style": style, "sse": sse, "kms_key": kms_key}
+        query["anonymous"] = "1" if anonymous else None
         plain = {k: v for k, v in query.items() if v is not None}
         encrypt = {"ServerSideEncryption": sse, "SSEKMSKeyId": kms_key}
         self._encrypt = {name: value for name, value in encrypt.items() if value is not None}
@@ -95,6 +98,7 @@ class S3Store:
             endpoint=endpoint,
             region=region,
             path_style=path_style,
+            anonymous=anonymous,
             connect_s=connect_s,
             read_s=read_s,
             renew_s=renew_s,

@@ -18,7 +18,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
 _HOST = re.compile(r"(?:(?P<bucket>.+)\.s3[.-](?:[a-z0-9-]+\.)*amazonaws\.com(?:\.cn)?|\d+\.\d+\.\d+\.\d+)\Z")
 """What is no bucket's name: AWS's own, and an address."""
 _KMS_KEY = re.compile(r"[A-Za-z0-9:/_-]{1,256}\Z")
-OPTIONS = ("endpoint", "region", "path_style", "sse", "kms_key")
+OPTIONS = ("endpoint", "region", "path_style", "sse", "kms_key", "anonymous")
 ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
 
 
@@ -43,6 +43,8 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
     style = options.get("path_style", "1" if endpoint else None)
     if style not in ("0", "1", None):
         raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")
+    if options.get("anonymous", "1") != "1":
+        raise StoreRefused(f"store {shown}: anonymous is 1 (for what everybody may read), or left out")
     sse, key = options.get("sse"), options.get("kms_key")
     _check_encryption(sse, key, shown)
     return S3Store(
@@ -53,6 +55,7 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
         path_style=None if style is None else style == "1",
         sse=sse,
         kms_key=key,
+        anonymous="anonymous" in options,
         retry=retry,
     )
 

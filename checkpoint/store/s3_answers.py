@@ -268,7 +268,7 @@ def _translated(error: BaseException, what: str, store: str, key: str) -> StoreE
     if isinstance(error, CREDENTIALS):
         return CredentialsRefused(
             f"{said}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the pod a role "
-            "(never in the address)"
+            "(never in the address); a bucket that everybody may read needs none with anonymous=1 in its address"
         )
     if isinstance(error, _FILES):
         return CredentialsRefused(

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import botocore
 import botocore.config
 import botocore.exceptions
 
@@ -33,7 +34,7 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN")
 class S3Session:
     """``client`` is what asks; another one after a ``renew``. ``url``: the store's, for people. Thread-safe.
 
-    ``path_style``: as in ``S3Store``. Raises StoreRefused where boto3's configuration does not hold.
+    ``path_style``, ``anonymous``: as in ``S3Store``. Raises StoreRefused where boto3's configuration does not hold.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class S3Session:
         endpoint: str | None,
         region: str | None,
         path_style: bool | None,
+        anonymous: bool,
         connect_s: float,
         read_s: float,
         renew_s: float,
@@ -54,7 +56,7 @@ class S3Session:
             connect_timeout=connect_s,
             read_timeout=read_s,
             retries={"total_max_attempts": 1, "mode": "standard"},
-            signature_version="s3v4",
+            signature_version=botocore.UNSIGNED if anonymous else "s3v4",
             max_pool_connections=32,
             tcp_keepalive=True,
             user_agent_extra="hotstage",

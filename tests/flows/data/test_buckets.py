@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from flows.data import prepare
 from flows.data.sources import open_source
 from flows.data.sources.base import Borne
 from tests.flows.data.test_sources import TEXTS, lines, spec_of, table, texts
-from tests.support.s3_server import S3Server
+from tests.support.s3_server import S3Server, environment
 from trainer.errors import DatasetError
 
 
@@ -63,6 +65,28 @@ def test_a_corpus_in_a_bucket(bucket: Callable[..., str], here: Path, small: Cal
     assert prepare(spec, store) == want
     with pytest.raises(DatasetError, match=r"matches no object: 5 begin with .* and none of them fits"):
         texts("jsonl:" + where.replace("**/*", "*.txt"))
+
+
+def test_a_bucket_that_everybody_may_read_needs_no_account(bucket: Callable[..., str], server: S3Server) -> None:
+    where = bucket("*.jsonl", **{"a.jsonl": lines(TEXTS)})
+    client = open_s3(server.url()).client
+    client.create_bucket(Bucket="public")
+    everybody = {"Effect": "Allow", "Principal": "*"}
+    rows = [
+        {**everybody, "Action": "s3:GetObject", "Resource": "arn:aws:s3:::public/*"},
+        {**everybody, "Action": "s3:ListBucket", "Resource": "arn:aws:s3:::public"},
+    ]
+    client.put_bucket_policy(Bucket="public", Policy=json.dumps({"Version": "2012-10-17", "Statement": rows}))
+    client.put_object(Bucket="public", Key="c/a.jsonl", Body=lines(TEXTS))
+    open_to_all = f"jsonl:s3://public/c/*.jsonl?endpoint={server.endpoint}&region=us-east-1"
+    with environment(dict.fromkeys(server.environment("root"), os.devnull) | {"AWS_ACCESS_KEY_ID": ""}):
+        assert texts(f"{open_to_all}&anonymous=1") == TEXTS
+        with pytest.raises(CredentialsRefused, match="everybody may read needs none with anonymous=1 in its address"):
+            texts(open_to_all)
+        with pytest.raises(StoreRefused, match="AccessDenied"):
+            texts(f"jsonl:{where}&anonymous=1")
+        with pytest.raises(StoreRefused, match="anonymous is 1"):
+            texts(f"{open_to_all}&anonymous=yes")
 
 
 def test_an_object_that_changes_while_it_is_read(bucket: Callable[..., str]) -> None:
