@@ -428,6 +428,11 @@ class _Preparation:
                     f"data: data.end_token {end!r} is an ordinary token of {self.given.what}: wherever texts hold it, "
                     "a document ends"
                 )
+            if lacks := self.given.undecoded:
+                self.say(
+                    f"data: {self.given.what} has no decoder: what the model writes will be shown as its tokens are "
+                    f'written (Ġthe, ▁the), here and by others; write "decoder": {lacks} there'
+                )
             if self.spec.begin_token is None and (puts := template_begin(self.given.tokenizer)):
                 first = self.given.tokenizer.id_to_token(puts[0])
                 self.say(

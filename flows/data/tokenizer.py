@@ -94,6 +94,11 @@ def cut_long_words(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
+_OF_BYTES = '{"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}'
+_OF_MARKS = f'{{"type": "Metaspace", "replacement": "{_MARK}", "prepend_scheme": "always", "split": true}}'
+"""Decoders: of letters that stand for bytes, of a mark that stands for a blank."""
+
+
 @dataclass
 class GivenTokenizer:
     """A tokenizer that the spec names, and what was found out about it."""
@@ -129,6 +134,15 @@ class GivenTokenizer:
         """Whether what its model reads are bytes, a letter each."""
         steps = (*_steps(self.tree.get("normalizer")), *_steps(self.tree.get("pre_tokenizer")))
         return any(step.get("type") == "ByteLevel" for step in steps)
+
+    @property
+    def undecoded(self) -> str:
+        """The decoder that it lacks to give texts back, as its file holds one; empty where it has one or needs none."""
+        if self.tree.get("decoder") is not None:
+            return ""
+        steps = [*_steps(self.tree.get("normalizer")), *_steps(self.tree.get("pre_tokenizer"))]
+        marks = any(_MARK in (step.get("replacement"), step.get("content"), step.get("prepend")) for step in steps)
+        return _OF_BYTES if self.of_bytes else _OF_MARKS if marks else ""
 
     @cached_property
     def drops(self) -> bool:

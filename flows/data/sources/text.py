@@ -20,7 +20,12 @@ log = logging.getLogger(__name__)
 NEWLINE = b"\n"
 MOST_LOST = 3
 """A file of which more than this part of the characters is no UTF-8 is no text in it."""
-_RECORDS = re.compile(r"\.(jsonl|ndjson|jsonlines)(\.(gz|zst))?$", re.IGNORECASE)
+_MARKED = {
+    "jsonl|ndjson|jsonlines|json": ("JSON", "keys and braces; jsonl:GLOB reads the texts in lines of JSON"),
+    "csv|tsv": ("tables", "columns and quotes; write the column of its texts as JSON lines (jsonl:GLOB) or Parquet"),
+    "html?|xhtml|xml": ("HTML or XML", "tags; take the text out of it first"),
+}
+"""What files are by the ends of their names, and what of them is no text."""
 
 
 class TextSource:
@@ -31,15 +36,18 @@ class TextSource:
 
     def look(self) -> list[Entry]:
         entries = look_at_files(self._source)
-        records = [entry.name for entry in entries if _RECORDS.search(entry.name)]
-        if records:
-            log.warning(
-                "data.source %s: %d file(s) are JSON lines by name, such as %s, and each becomes one text with all its "
-                "keys and braces; jsonl:GLOB reads the texts in them",
-                shown(self._source),
-                len(records),
-                shown(records[0]),
-            )
+        for ends, (what, marks) in _MARKED.items():
+            end = re.compile(rf"\.({ends})(\.(gz|zst))?$", re.IGNORECASE)
+            marked = [entry.name for entry in entries if end.search(entry.name)]
+            if marked:
+                log.warning(
+                    "data.source %s: %d file(s) are %s by name, such as %s, and each becomes one text with all its %s",
+                    shown(self._source),
+                    len(marked),
+                    what,
+                    shown(marked[0]),
+                    marks,
+                )
         return entries
 
     def divides(self, entry: Entry) -> bool:

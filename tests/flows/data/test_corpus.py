@@ -202,7 +202,16 @@ def test_json_lines_that_are_read_as_text_are_told(here: Path, caplog: pytest.Lo
     Path("a.txt").write_text("b")
     assert texts("text:a.*") == ['{"text": "a"}', "b"]
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "1 file(s) are JSON lines by name, such as 'a.jsonl', and each becomes one text" in told
+    assert "1 file(s) are JSON by name, such as 'a.jsonl', and each becomes one text with all its keys" in told
+
+
+def test_tables_and_pages_that_are_read_as_text_are_told(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.tsv", "b.CSV.gz", "a.html", "b.htm", "b.xml", "a.md"):
+        Path(name).write_text("b")
+    assert len(texts("text:[ab].*")) == 6
+    tables, pages = [record.getMessage() for record in caplog.records]
+    assert "2 file(s) are tables by name, such as 'a.tsv', and each becomes one text with all its columns" in tables
+    assert "3 file(s) are HTML or XML by name, such as 'a.html', and each becomes one text with all its tags" in pages
 
 
 @pytest.mark.parametrize(

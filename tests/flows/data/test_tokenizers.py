@@ -105,6 +105,40 @@ def test_texts_that_end_with_the_end_token_already_are_told(
     assert "1 text(s) of text:*.txt end with the token that ends a document already" in caplog.text
 
 
+def cutting(how: Any, alphabet: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate((*alphabet, EOT))}, []))
+    tokenizer.pre_tokenizer = how
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "decoder"),
+    [
+        (cutting(pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.ByteLevel.alphabet()), "ByteLevel"),
+        (cutting(pre_tokenizers.Metaspace(prepend_scheme="never"), ["▁", "a", "b"]), "Metaspace"),
+        (words("a", "b", "[UNK]", EOT), ""),
+    ],
+    ids=["bytes", "marks", "words"],
+)
+def test_a_tokenizer_without_the_decoder_that_it_needs_is_told(
+    here: Path, store: Store, tokenizer: Tokenizer, decoder: str
+) -> None:
+    said: list[str] = []
+    spec = DataSpec(source="text:*.txt", tokenizer="t.json", begin_token="")
+    tokenizer.save("t.json")
+    prepare(spec, store, say=said.append)
+    told = [line for line in said if "has no decoder" in line]
+    assert len(told) == bool(decoder)
+    if decoder:
+        mend = json.loads(told[0].partition('write "decoder": ')[2].removesuffix(" there"))
+        assert mend["type"] == decoder
+        Path("t.json").write_text(json.dumps(json.loads(tokenizer.to_str()) | {"decoder": mend}))
+        mended = Tokenizer.from_file("t.json")
+        assert mended.decode(mended.encode("a b a").ids).strip() == "a b a"
+        prepare(spec, store, say=said.append)
+        assert [line for line in said if "has no decoder" in line] == told
+
+
 def test_a_token_begins_each_document(here: Path, store: Store) -> None:
     """Once, also where a chat's template has rendered it. Without one a dataset is as ever; where the tokenizer's
     template puts one before a text, that is said."""
