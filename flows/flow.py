@@ -43,6 +43,12 @@ from flows.sweeping import hosted_sweep
 from trainer.errors import SpecError
 from trainer.spec import RunSpec, parse_spec
 
+NO_RESULT: dict[str, Any] = {"persist_result": False, "result_storage": Path("prefect-results")}
+"""Prefect keeps nothing that a flow gives: the run is in the log. That it names a storage all the same, which nothing
+is written to, is for Prefect's engine: it opens the one that its settings or the server name for results before a flow
+begins, and one that is not there, or whose library is not here, ended each flow run.
+"""
+
 
 class RunFailed(RuntimeError):
     """The run ended without success; the text says why and what to do."""
@@ -58,7 +64,7 @@ def flow_run_name() -> str:
     return f"{name}-{scheduled_suffix()}" if given.get("fresh") else name
 
 
-@flow(name="prepare", persist_result=False)
+@flow(name="prepare", **NO_RESULT)
 def prepare_flow(spec: RunSpec, store: str = "", dask: str = "", again: bool = False) -> dict[str, Any]:
     """Prepare a spec's dataset, its pieces as mapped tasks; gives its description (``DatasetRef.to_map``).
 
@@ -68,7 +74,7 @@ def prepare_flow(spec: RunSpec, store: str = "", dask: str = "", again: bool = F
     return prepare_pieces.with_options(task_runner=task_runner(dask))(spec, url, bool(dask), again)
 
 
-@flow(name="prepare pieces", persist_result=False)
+@flow(name="prepare pieces", **NO_RESULT)
 def prepare_pieces(spec: RunSpec, store: str, remote: bool, again: bool) -> dict[str, Any]:
     """What ``prepare`` does, in a flow of its own: a flow has one task runner."""
     say, opened = get_run_logger().info, store_at(store)
@@ -77,7 +83,7 @@ def prepare_pieces(spec: RunSpec, store: str, remote: bool, again: bool) -> dict
         return prepare(data, opened, say=say, again=again, runner=runner, sequence=sequence, vocab=vocab).to_map()
 
 
-@flow(name=TRAIN_FLOW, flow_run_name=flow_run_name, log_prints=False, persist_result=False)
+@flow(name=TRAIN_FLOW, flow_run_name=flow_run_name, log_prints=False, **NO_RESULT)
 def train_flow(
     spec: RunSpec | None = None,
     store: str = "",
@@ -144,7 +150,7 @@ def train_flow(
     return ended_as(undisturbed(work), opened.url)
 
 
-@flow(name=SWEEP_FLOW, flow_run_name=flow_run_name, log_prints=False, persist_result=False)
+@flow(name=SWEEP_FLOW, flow_run_name=flow_run_name, log_prints=False, **NO_RESULT)
 def sweep_flow(
     spec: RunSpec,
     points: list[list[str]],
@@ -176,7 +182,7 @@ def sweep_flow(
     raise RunFailed("\n".join([sweep_words(rows), *table_lines(rows)]))
 
 
-@flow(name="collect", persist_result=False)
+@flow(name="collect", **NO_RESULT)
 def collect_flow(store: str = "", run: str = "", dry_run: bool = False) -> int:
     """A pass of the collector over a run, or over all of the store; gives the bytes that it deleted.
 
@@ -197,7 +203,7 @@ def collect_flow(store: str = "", run: str = "", dry_run: bool = False) -> int:
     return size
 
 
-@flow(name="reconcile", persist_result=False)
+@flow(name="reconcile", **NO_RESULT)
 def reconcile_flow(store: str = "", out: str = "out", seconds: float = 0.0) -> int:
     """Drive open runs whose drivers have died; gives how many were taken over. It looks for so many seconds (0: once),
     and ends when what it took over has ended.
