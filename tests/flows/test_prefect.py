@@ -17,10 +17,8 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from prefect.results import get_default_result_storage
-from prefect.settings import PREFECT_API_URL, PREFECT_DEFAULT_RESULT_STORAGE_BLOCK, temporary_settings
 
-from flows.flow import prepare_flow, spec_to_train
+from flows.flow import spec_to_train
 from flows.prefect_api import Client, Gone, Lost, Refused, answers
 from tests.flows.conftest import Api, started
 from tests.support.chaos import ask_to_stop, caught
@@ -28,7 +26,7 @@ from tests.support.front import Front
 from tests.support.place import ROOT, STEPS, Place, finish
 from tests.support.wait import wait_for
 from trainer.errors import SpecError
-from trainer.spec import load_spec, parse_spec
+from trainer.spec import load_spec
 
 SLOW = ("train.microbatch=1", "model.width=128", "train.steps=150")  # long enough to act in the middle
 
@@ -241,23 +239,24 @@ def test_where_prefect_is_may_be_said_in_every_place_that_prefect_reads(tmp_path
     assert said["broken"].code == 0, said["broken"].err
 
 
-def test_a_storage_for_results_that_is_not_there_ends_no_flow(
-    prefect: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_for_results_that_is_not_there_ends_no_flow(prefect: Api, hosted: Place) -> None:
     """Prefect opens it before a flow begins."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.txt").write_text("the quick brown fox " * 40)
-    model = {"family": "gpt2", "layers": 1, "width": 32, "heads": 2, "context": 16}
-    train = {"steps": 1, "batch": 1, "microbatch": 1, "sequence": 16}
-    spec = parse_spec(
-        {"model": model, "train": train, "data": {"source": "text:a.txt", "vocab_size": 260}, "name": "x"}
+    spec = load_spec(hosted.folder / "spec.toml")
+    program = "import sys; from flows.flow import prepare_flow as p; from trainer.spec import RunSpec as S; "
+    program += "print(p(S.model_validate_json(sys.argv[1]), sys.argv[2])['digest'])"
+    before = {path.name for path in hosted.folder.iterdir()}
+    store = (hosted.folder / "store").as_uri()
+    wanted = {"PYTHONPATH": str(ROOT), "PREFECT_DEFAULT_RESULT_STORAGE_BLOCK": "s3-bucket/not-there"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, spec.model_dump_json(), store],
+        cwd=hosted.folder,
+        env={**hosted.env, **wanted},
+        capture_output=True,
+        text=True,
     )
-    wanted = {PREFECT_API_URL: prefect.server.api, PREFECT_DEFAULT_RESULT_STORAGE_BLOCK: "s3-bucket/not-there"}
-    with temporary_settings(wanted):
-        with pytest.raises(ValueError, match="Unable to find block document"):
-            get_default_result_storage()
-        assert prepare_flow(spec, store=(tmp_path / "store").as_uri())["digest"]
-    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "store"}, "nothing is kept"
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch("[0-9a-f]{64}", done.stdout.split()[-1])
+    assert {path.name for path in hosted.folder.iterdir()} <= {*before, "store"}, "nothing is kept"
 
 
 def test_what_stands_before_a_server_is_not_taken_for_it(prefect: Api) -> None:
