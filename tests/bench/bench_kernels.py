@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.engine.kernel_lib import CPU_PATHS, ENGINE
+from tests.engine.compiled import ENGINE
+from tests.engine.kernel_lib import CPU_PATHS
 
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O2", "-ffp-contract=off", "-pthread", f"-I{ENGINE}"]
 

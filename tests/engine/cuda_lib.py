@@ -1,7 +1,7 @@
 """The CUDA backend and its kernels, compiled for the CPU with their emulator (trainer/engine/kernels/cuda/emulate.h and
 emulate_runtime.h), for tests: a library that an ordinary engine opens where ``HOTSTAGE_CUDA`` names it.
 
-Built like the other kernels' library (kernel_lib.py) and kept beside it; no CUDA and no GPU is needed. The compiler is
+Built like the other kernels' library (compiled.py) and kept beside it; no CUDA and no GPU is needed. The compiler is
 the tests' clang (tests/support/compilers.py), or g++ with ``HOTSTAGE_TEST_CC=cc``; the system's C compiler links, so
 that its address sanitizer serves both.
 """
@@ -9,24 +9,21 @@ that its address sanitizer serves both.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from tests.engine.kernel_lib import ENGINE, HERE, ROOT, Array, _compile, _digest, cpu_has, marshalled
+from tests.engine.compiled import ENGINE, ROOT, Unit, linked
+from tests.engine.kernel_lib import HERE, ROOMS, Array, cpu_has, marshalled
 from tests.support.compilers import OTHER, find
 from trainer import wire
-from trainer.folders import cache_folder
 
 CUDA = ENGINE / "kernels" / "cuda"
 BACKEND = ENGINE / "backend" / "cuda"
@@ -49,47 +46,21 @@ def compiler() -> list[str]:
 
 
 def build(sanitize: str = "") -> Path:
-    """Compiles what changed and links the library. Several processes at once: one compiles, the others wait."""
-    base = cache_folder() / "kernel-tests"
-    base.mkdir(parents=True, exist_ok=True)
-    cxx, link = compiler(), [find("cc")]
+    """The library, with a sanitizer of the compiler's where one is named."""
+    cxx = compiler()
     extra = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
     # else fmaf, which is most of what the kernels do, is a call of the C library's, which gives the instruction's bits
     fma = ["-mfma"] if cpu_has("avx2") else []
-    version = subprocess.run([*cxx, "--version"], check=True, capture_output=True).stdout + shlex.join(cxx).encode()
-    rooms = ("backend", "core", "kernels", "wire")
-    headers = [p.read_bytes() for room in rooms for p in sorted((ENGINE / room).rglob("*.h"))]
-    parts = [p.read_bytes() for p in sorted(CPU.parent.glob("*.c"))]
-    units = [CPU, *(p for room in (BACKEND, CUDA) for p in sorted(room.iterdir()) if p.suffix in (".cu", ".cc"))]
-    units += [HERE / "cuda_lib.cc", HERE / "emulated_backend.cc"]
-    units += [ENGINE / "core" / f"{name}.c" for name in ("hash", "math", "status", "threads")]
-    units += [ENGINE / "kernels" / f"{name}.c" for name in ("deferred", "extent")]
-    with (base / ".cuda.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-        def compiled(source: Path) -> Path:
-            flags = [*COMMON, *extra, *fma, *(C if source.suffix == ".c" else CXX), f"-I{ENGINE}"]
-            if source == CPU:  # not what the sanitizer is for, and a large file
-                flags = [*COMMON, "-O2", *C, "-DHS_PATH=portable", f"-I{ENGINE}"]
-            elif source.parent == BACKEND:
-                flags[-1:-1] = BEHIND
-            texts = [source.read_bytes(), *(parts if source == CPU else [])]
-            key = _digest([version, shlex.join(flags[:-1]).encode(), *headers, *texts])
-            target = base / f"cuda-{source.stem}-{key}.o"
-            if not target.exists():
-                made = Path(scratch) / target.name
-                _compile([*cxx, *flags, "-c", str(source), "-o", str(made)])
-                made.replace(target)
-            return target
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compiled, units))
-        library = base / f"cuda-{_digest([version, *(o.name.encode() for o in objects)])}.so"
-        if not library.exists():
-            made = Path(scratch) / library.name
-            _compile([*link, *extra, "-shared", "-pthread", "-o", str(made), *map(str, objects), "-lm"])
-            made.replace(library)
-    return library
+    sources = [p for room in (BACKEND, CUDA) for p in sorted(room.iterdir()) if p.suffix in (".cu", ".cc")]
+    sources += [HERE / "cuda_lib.cc", HERE / "emulated_backend.cc"]
+    sources += [ENGINE / "core" / f"{name}.c" for name in ("hash", "math", "status", "threads")]
+    sources += [ENGINE / "kernels" / f"{name}.c" for name in ("deferred", "extent")]
+    # not what the sanitizer is for, and a large file
+    units: list[Unit] = [(CPU, [*COMMON, "-O2", *C, "-DHS_PATH=portable"], sorted(CPU.parent.glob("*.c")))]
+    for source in sources:
+        flags = [*COMMON, *extra, *fma, *(C if source.suffix == ".c" else CXX)]
+        units.append((source, flags + (BEHIND if source.parent == BACKEND else []), []))
+    return linked("cuda", cxx, units, [find("cc"), *extra, "-shared"], ("backend", *ROOMS))
 
 
 class Refused(AssertionError):

@@ -1,7 +1,6 @@
-"""The engine's kernels as a shared library, for tests: built here from the engine's sources, called through ctypes.
+"""The engine's kernels as a shared library, for tests: built here from the engine's sources (``compiled.py``), called
+through ctypes.
 
-Objects and the library are kept under the user's cache folder (`trainer.folders`), in
-``hotstage/kernel-tests``, named by a digest of the sources that went into them, the flags and the compiler.
 ``HOTSTAGE_TEST_CC`` picks the compiler (tests/support/compilers.py; ``cc`` where absent); ``HOTSTAGE_TEST_SETS=ref``
 leaves the fast sets out.
 """
@@ -9,30 +8,23 @@ leaves the fast sets out.
 from __future__ import annotations
 
 import ctypes
-import fcntl
-import hashlib
 import os
 import platform
 import shlex
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.engine.compiled import ENGINE, Unit, linked
 from tests.support.compilers import find
 from trainer import wire
-from trainer.folders import cache_folder
 
 Array = NDArray[Any]
 
-ROOT = Path(__file__).resolve().parents[2]
-ENGINE = ROOT / "trainer" / "engine"
 HERE = Path(__file__).resolve().parent
 FLAGS = shlex.split(
     "-std=c11 -D_GNU_SOURCE -O2 -g1 -fPIC -pthread -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes "
@@ -47,6 +39,7 @@ CPU_PATHS: dict[str, list[str]] = {
 }
 """By kernel path, slower ones first: what it is compiled with."""
 SETS = ("ref", *CPU_PATHS)
+ROOMS = ("core", "kernels", "wire")
 DTYPES = {"f32": wire.F32, "bf16": wire.BF16, "f64": wire.F64}
 NUMPY = {wire.F32: np.float32, wire.BF16: np.uint16, wire.F64: np.float64, wire.I32: np.int32}
 
@@ -66,90 +59,42 @@ def fastest_path() -> str:
     return [path for path in CPU_PATHS if cpu_has(path)][-1]
 
 
-def _digest(parts: Sequence[bytes]) -> str:
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(len(part).to_bytes(8, "little") + part)
-    return h.hexdigest()[:32]
+def flags_of(strict: bool) -> list[str]:
+    """``strict``: a compiler's warning fails the build."""
+    return [flag for flag in FLAGS if strict or flag != "-Werror"]
 
 
-def _units(machine: str) -> list[tuple[Path, list[str], list[Path]]]:
-    """(source, flags of its own, files that it alone includes) of everything in the library."""
+def _units(machine: str, *, strict: bool = True) -> list[Unit]:
+    """Everything in the library."""
     cpu = ENGINE / "kernels" / "cpu" / "all.c"
     fast = os.environ.get("HOTSTAGE_TEST_SETS") != "ref"
+    flags = flags_of(strict)
     core = [ENGINE / "core" / f"{name}.c" for name in ("arena", "status", "text", "math", "hash", "crc32", "threads")]
-    ref = sorted((ENGINE / "kernels" / "ref").glob("*.c"))
-    units: list[tuple[Path, list[str], list[Path]]] = [
-        (source, [], []) for source in [*core, *(ENGINE / "kernels" / f"{n}.c" for n in ("deferred", "extent")), *ref]
-    ]
+    core += [ENGINE / "kernels" / f"{name}.c" for name in ("deferred", "extent")]
+    core += sorted((ENGINE / "kernels" / "ref").glob("*.c"))
+    units: list[Unit] = [(source, flags, []) for source in core]
     check = ENGINE / "backend" / "check.c"
-    units.append((HERE / "kernel_lib.c", ["-DHS_TEST_CPU"] if fast else [], [check.with_suffix(".h")]))
-    units.append((check, [], [check.with_suffix(".h")]))
+    units.append((HERE / "kernel_lib.c", [*flags, *(["-DHS_TEST_CPU"] if fast else [])], [check.with_suffix(".h")]))
+    units.append((check, flags, [check.with_suffix(".h")]))
     if fast:
         parts = sorted(cpu.parent.glob("*.c"))
         paths = {"x86_64": CPU_PATHS, "aarch64": ARM64_PATHS}.get(machine, {"portable": []})
-        units += [(cpu, [f"-DHS_PATH={name}", *flags], parts) for name, flags in paths.items()]
-        units += [(ENGINE / "kernels" / "pick.c", [], [])]
+        units += [(cpu, [*flags, f"-DHS_PATH={name}", *own], parts) for name, own in paths.items()]
+        units += [(ENGINE / "kernels" / "pick.c", flags, [])]
     return units
 
 
 def build(*, strict: bool = True) -> Path:
-    """The library, for this machine. ``strict``: a compiler's warning fails the build; not on a box whose compiler is
-    another one than ours, and may warn of what ours does not."""
+    """The library, for this machine. ``strict``: not on a box whose compiler is another one than ours, and may warn of
+    what ours does not."""
     cc = find(os.environ.get("HOTSTAGE_TEST_CC") or ("cc" if shutil.which("cc") else "gcc"))
-    return _build([cc], _units(platform.machine()), ["-shared"], "kernels", ".so", strict=strict)
+    return linked("kernels", [cc], _units(platform.machine(), strict=strict), [cc, "-shared"], ROOMS)
 
 
 def build_server(cross_compiler: str) -> Path:
     """A static program for arm64 that calls the kernels (programs/kernel_serve.c)."""
-    units = [*_units("aarch64"), (HERE / "programs" / "kernel_serve.c", [], [])]
-    return _build([cross_compiler], units, ["-static"], "kernel-serve", "")
-
-
-def _build(
-    compiler: list[str],
-    units: Sequence[tuple[Path, list[str], list[Path]]],
-    link: list[str],
-    name: str,
-    ext: str,
-    *,
-    strict: bool = True,
-) -> Path:
-    """Compiles what changed and links it. Several processes at once: one compiles, the others wait."""
-    base = cache_folder() / "kernel-tests"
-    base.mkdir(parents=True, exist_ok=True)
-    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True).stdout
-    version += shlex.join(compiler).encode()
-    headers = [p.read_bytes() for room in ("core", "kernels", "wire") for p in sorted((ENGINE / room).rglob("*.h"))]
-    with (base / ".lock").open("w") as lock, tempfile.TemporaryDirectory(dir=base) as scratch:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-        def compiled(unit: tuple[Path, list[str], list[Path]]) -> Path:
-            source, extra, parts = unit
-            flags = [*FLAGS, *extra, f"-I{ENGINE}"]
-            texts = [p.read_bytes() for p in (source, *parts)]
-            key = _digest([version, " ".join([*FLAGS, *extra]).encode(), *headers, *texts])
-            target = base / f"{source.stem}-{key}.o"
-            if not target.exists():
-                made = Path(scratch) / target.name
-                taken = [flag for flag in flags if strict or flag != "-Werror"]
-                _compile([*compiler, *taken, "-c", str(source), "-o", str(made)])
-                made.replace(target)
-            return target
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compiled, units))
-        linked = base / f"{name}-{_digest([version, *(o.name.encode() for o in objects)])}{ext}"
-        if not linked.exists():
-            made = Path(scratch) / linked.name
-            _compile([*compiler, *link, "-pthread", "-o", str(made), *map(str, objects), "-lm"])
-            made.replace(linked)
-    return linked
-
-
-def _compile(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr}"
+    units = [*_units("aarch64"), (HERE / "programs" / "kernel_serve.c", FLAGS, [])]
+    return linked("kernel-serve", [cross_compiler], units, [cross_compiler, "-static"], ROOMS, "")
 
 
 def to_bf16(x: Array) -> Array:

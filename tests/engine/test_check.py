@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from tests.engine.kernel_lib import ENGINE, Array, KernelLib
+from tests.engine.compiled import ENGINE
+from tests.engine.kernel_lib import Array, KernelLib
 from trainer import wire
 
 SICK = -17  # core/status.h

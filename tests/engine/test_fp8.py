@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.engine.compiled import ENGINE
 from tests.engine.cuda_lib import CudaLib
 from tests.engine.cuda_lib import build as build_cuda
-from tests.engine.kernel_lib import CPU_PATHS, ENGINE, FLAGS, Array, KernelLib, encode
+from tests.engine.kernel_lib import CPU_PATHS, FLAGS, Array, KernelLib, encode
 from tests.support.compilers import find
 from trainer import wire
 

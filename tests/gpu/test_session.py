@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.engine import kernel_lib
+from tests.engine.compiled import linked
+from tests.engine.kernel_lib import flags_of
 from tests.gpu import box, build, kernel_times, report
 from tests.gpu.__main__ import BARE, STAND_INS, missing_packages, python_path
 from tests.gpu.bare import msgpack as bare_msgpack
@@ -274,10 +275,13 @@ def test_a_warning_of_another_compiler_costs_no_session(tmp_path: Path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "warns.c"
     source.write_text("int twice(int x);\nint twice(int x) { int unused; return 2 * x; }\n")
-    unit = (source, list[str](), list[Path]())
+
+    def build(strict: bool) -> Path:
+        return linked("warns", ["cc"], [(source, flags_of(strict), [])], ["cc", "-shared"], ())
+
     with pytest.raises(AssertionError, match="unused variable"):
-        kernel_lib._build(["cc"], [unit], ["-shared"], "warns", ".so")
-    assert kernel_lib._build(["cc"], [unit], ["-shared"], "warns", ".so", strict=False).exists()
+        build(strict=True)
+    assert build(strict=False).exists()
 
 
 def test_without_an_oracle_a_session_goes_on(

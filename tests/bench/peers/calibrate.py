@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.engine.kernel_lib import CPU_PATHS, ENGINE, fastest_path
+from tests.engine.compiled import ENGINE
+from tests.engine.kernel_lib import CPU_PATHS, fastest_path
 
 
 def build(folder: Path) -> Path:
