@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from checkpoint.layout import read_plan
 from tests.e2e import engine_runs
-from tests.engine.engine_build import engine
+from tests.engine.engine_build import build_preload, engine
 from tests.engine.native import build_program
 from tests.engine.plans import SEQUENCE, VOCAB, small_plan
 from tests.reference.sample_order import MixedOrder, SampleOrder
@@ -248,6 +249,20 @@ def test_a_missing_shard_is_refused(engine: Path, tmp_path: Path, shard: Path) -
     code, words = run(tmp_path, engine)
     assert code == 65
     assert "No such file" in words
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(errno.EIO, 75), (errno.ESTALE, 75), (errno.ENFILE, 75), (errno.EACCES, 65)]
+)
+def test_a_shard_whose_storage_fails_is_not_bad_data(
+    engine: Path, tmp_path: Path, shard: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    """A network file system that was away ended the run for good, with the mend to prepare the data again."""
+    monkeypatch.setenv("HS_FAIL_OPEN", shard.name)
+    monkeypatch.setenv("HS_FAIL_ERRNO", str(number))
+    monkeypatch.setenv("LD_PRELOAD", str(build_preload("failing_open")))
+    got, words = run(tmp_path, engine)
+    assert (got, f"{shard.name} cannot be opened: {os.strerror(number)}" in words) == (code, True), words
 
 
 def test_a_token_beyond_the_vocabulary_is_named(engine: Path, tmp_path: Path, shard: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -127,6 +128,40 @@ def test_a_newer_attempt_takes_the_place_of_a_running_one(ready: Node) -> None:
     ready.agent.prepare(3, 1)
     assert ready.exits(1) == {0: -9}
     assert len(ready.agent.ports(3)) == 1
+
+
+def test_a_node_may_have_as_many_open_files_as_the_hard_limit_says(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        with agent_at(tmp_path / "a.sock") as agent, node(tmp_path / "a.sock", tmp_path / "log") as process:
+            agent.hears("HELLO", -1)
+            assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_where_open_files_run_out_the_limit_and_the_mend_are_named(ready: Node) -> None:
+    """Wherever that is, from the first listener to the last pipe: it was a bug of hotstage, 70."""
+    plan, pid = ready.plan("0 exit 0\n1 exit 0\n"), ready.process.pid
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used, ends = len(list(Path(f"/proc/{pid}/fd").iterdir())), []
+    for epoch in range(1, 40):
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + epoch, hard))
+        ready.agent.prepare(epoch, 2)
+        ready.agent.until(
+            lambda e=epoch: ready.agent.of("PORTS", epoch=e) or ready.agent.of("EXIT", -1, e), "an answer"
+        )
+        if not ready.agent.of("EXIT", -1, epoch):
+            ready.agent.start(epoch, 2, ready.path / "attempt", plan)
+            ready.agent.hears("IDLE", epoch=epoch)
+        refused = ready.agent.of("EXIT", -1, epoch)
+        if not refused:
+            break
+        ends.append((refused[0].a, b"raise the hard limit (ulimit -Hn" in refused[0].payload))
+    assert len(ends) > 5
+    assert set(ends) == {(78, True)}, ends
+    assert {m.a for m in ready.agent.of("EXIT", epoch=epoch)} == {0}
 
 
 def test_a_port_in_use_is_refused_with_the_mend(ready: Node) -> None:

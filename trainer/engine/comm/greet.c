@@ -9,6 +9,7 @@
 
 #include "comm/greet_internal.h"
 #include "core/clock.h"
+#include "core/files.h"
 #include "core/stop.h"
 
 enum { SAY_EVERY_MS = 5000 }; /* what is missing, into the log */
@@ -113,7 +114,7 @@ static hs_status greet(hs_greeter *g, hs_why *why) {
         }
         const int64_t wake_ns = prepare_polls(g, deadline_ns < say_ns ? deadline_ns : say_ns);
         const int n = poll(g->polls, 3 + hs_talks_count(g), hs_deadline_poll_ms(wake_ns));
-        if (n < 0 && errno != EINTR) return hs_fail(why, HS_E_IO, "poll: %s", strerror(errno));
+        if (n < 0 && errno != EINTR) return hs_files_failed(why, "poll", errno);
         if (n >= 0) HS_TRY(turn(g, why));
     }
     return HS_OK;

@@ -15,6 +15,7 @@
 
 #include "comm/tcp_internal.h"
 #include "core/clock.h"
+#include "core/files.h"
 #include "core/hash.h"
 #include "core/stop.h"
 
@@ -232,7 +233,7 @@ static hs_status turn(hs_comm *comm, int timeout_ms, hs_why *why) {
     const int n = poll(comm->polls, comm->busy_count + 1, timeout_ms);
     if (n < 0 && errno != EINTR) {
         hs_why local = {.text = ""};
-        const hs_status st = hs_fail(&local, HS_E_IO, "poll: %s", strerror(errno));
+        const hs_status st = hs_files_failed(&local, "poll", errno);
         return hs_tcp_fail(comm, st, &local, why);
     }
     for (uint32_t i = 0; n > 0 && i < comm->busy_count; i++) {

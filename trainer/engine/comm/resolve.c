@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "comm/comm_internal.h"
+#include "core/files.h"
 
 enum { JOB_IDLE, JOB_ASKED, JOB_ANSWERED };
 
@@ -91,8 +92,9 @@ hs_status hs_resolver_create(uint32_t jobs, hs_resolver **out, hs_why *why) {
     if (!resolver) return hs_fail(why, HS_E_MEMORY, "no memory to resolve %u names", jobs);
     resolver->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (resolver->event_fd < 0) {
+        const int code = errno;
         free(resolver);
-        return hs_fail(why, HS_E_IO, "eventfd: %s", strerror(errno));
+        return hs_files_failed(why, "an event of names that are resolved", code);
     }
     (void)pthread_mutex_init(&resolver->lock, NULL);
     (void)pthread_cond_init(&resolver->asked, NULL);

@@ -19,6 +19,7 @@
 
 #include "comm/tcp_internal.h"
 #include "core/clock.h"
+#include "core/files.h"
 #include "core/stop.h"
 
 hs_status hs_tcp_fail(hs_comm *comm, hs_status st, const hs_why *local, hs_why *why) {
@@ -66,7 +67,7 @@ static hs_status await(hs_comm *comm, uint32_t channel, short events, int64_t de
         struct pollfd polls[2] = {{.fd = comm->fds[channel], .events = events},
                                   {.fd = hs_stop_fd(comm->stop), .events = POLLIN}};
         const int n = poll(polls, 2, hs_deadline_poll_ms(deadline_ns));
-        if (n < 0 && errno != EINTR) return hs_fail(why, HS_E_IO, "poll: %s", strerror(errno));
+        if (n < 0 && errno != EINTR) return hs_files_failed(why, "poll", errno);
         if (n > 0 && polls[0].revents) return HS_OK;
     }
 }

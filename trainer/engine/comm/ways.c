@@ -28,6 +28,7 @@
 
 #include "comm/tcp_internal.h"
 #include "core/clock.h"
+#include "core/files.h"
 #include "core/stop.h"
 
 enum {
@@ -96,7 +97,7 @@ static hs_status look(hs_comm *comm, int64_t nap_ns, hs_why *why) {
     w->polls[comm->channel_count] = (struct pollfd){.fd = hs_stop_fd(comm->stop), .events = POLLIN};
     const struct timespec nap = {.tv_nsec = nap_ns};
     const int n = ppoll(w->polls, comm->channel_count + 1, &nap, NULL);
-    if (n < 0 && errno != EINTR) return hs_fail(why, HS_E_IO, "poll: %s", strerror(errno));
+    if (n < 0 && errno != EINTR) return hs_files_failed(why, "poll", errno);
     for (uint32_t c = 0; n > 0 && c < comm->channel_count; c++)
         if (w->polls[c].revents) HS_TRY(look_at_line(comm, c, why));
     for (uint32_t c = 0; c < comm->channel_count; c++) {

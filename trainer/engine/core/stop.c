@@ -1,5 +1,6 @@
 #include "core/stop.h"
 
+#include <errno.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -7,6 +8,8 @@
 #include <sys/eventfd.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
+
+#include "core/files.h"
 
 enum { AGAIN_MS = 10 }; /* between looks at an owner that is about to hear it by itself */
 
@@ -104,7 +107,7 @@ static void *watch(void *argument) {
     }
 }
 
-hs_status hs_stop_watch(hs_stop *stop, void (*fn)(void *ctx), void *ctx) {
+hs_status hs_stop_watch(hs_stop *stop, void (*fn)(void *ctx), void *ctx, hs_why *why) {
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGUSR1);
@@ -112,6 +115,7 @@ hs_status hs_stop_watch(hs_stop *stop, void (*fn)(void *ctx), void *ctx) {
     stop->ctx = ctx;
     stop->lost_fd = signalfd(-1, &set, SFD_NONBLOCK | SFD_CLOEXEC);
     stop->end_fd = eventfd(0, EFD_CLOEXEC);
+    const int code = errno;
     if (stop->lost_fd >= 0 && stop->end_fd >= 0) {
         (void)pthread_mutex_init(&stop->lock, NULL);
         if (pthread_create(&stop->thread, NULL, watch, stop) == 0) {
@@ -120,7 +124,11 @@ hs_status hs_stop_watch(hs_stop *stop, void (*fn)(void *ctx), void *ctx) {
         }
         (void)pthread_mutex_destroy(&stop->lock);
     }
-    const hs_status st = stop->lost_fd < 0 || stop->end_fd < 0 ? HS_E_IO : HS_E_MEMORY;
+    const hs_status st = stop->lost_fd < 0 || stop->end_fd < 0
+                             ? hs_files_failed(why, "an event of peers that are lost", code)
+                             : hs_fail(why, HS_E_MEMORY,
+                                       "cannot start the thread that hears of lost peers; is there "
+                                       "memory for one?");
     if (stop->lost_fd >= 0) close(stop->lost_fd);
     if (stop->end_fd >= 0) close(stop->end_fd);
     return st;

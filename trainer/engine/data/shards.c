@@ -7,10 +7,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "core/files.h"
 #include "wire/shard.h"
 
 struct hs_shards {
@@ -97,23 +97,32 @@ static hs_status check_header(const hs_shards *shards, size_t s, const char *pat
     return HS_OK;
 }
 
+/* Whether a file that cannot be opened is missing or closed to us; else its storage fails, or the
+ * machine. */
+static bool of_the_data(int code) {
+    return code == ENOENT || code == ENOTDIR || code == EACCES || code == EPERM || code == ELOOP ||
+           code == ENAMETOOLONG;
+}
+
 static hs_status open_shard(hs_shards *shards, size_t s, hs_why *why) {
     char path[4200];
     name_of(shards, s, path);
     const int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 && errno == EMFILE)
+    const int code = errno;
+    if (fd < 0 && code == EMFILE)
         return hs_fail(
             why, HS_E_CONFIG,
             "shard %s cannot be opened: this process may have no more open files for "
             "%zu shards; raise the hard limit (ulimit -Hn), or prepare fewer, larger shards",
             path, shards->count);
     if (fd < 0)
-        return hs_fail(why, HS_E_DATA, "shard %s cannot be opened: %s", path, strerror(errno));
+        return hs_fail(why, of_the_data(code) ? HS_E_DATA : HS_E_LOST,
+                       "shard %s cannot be opened: %s", path, strerror(code));
     shards->fds[s] = fd;
     struct stat info;
     const size_t bytes = shard_bytes(shards, s);
     if (fstat(fd, &info) != 0)
-        return hs_fail(why, HS_E_DATA, "shard %s cannot be read: %s", path, strerror(errno));
+        return hs_fail(why, HS_E_LOST, "shard %s cannot be read: %s", path, strerror(errno));
     if ((uint64_t)info.st_size != bytes)
         return hs_fail(why, HS_E_DATA,
                        "shard %s has %" PRId64 " bytes, the plan says %zu; fetch it again", path,
@@ -122,14 +131,6 @@ static hs_status open_shard(hs_shards *shards, size_t s, hs_why *why) {
     HS_TRY(read_at(shards, s, 0, &header, sizeof header, why));
     shards->masked[s] = header.version == HS_SHARD_MASKED;
     return check_header(shards, s, path, &header, why);
-}
-
-/* A descriptor a shard: as many as the system lets us have. */
-static void allow_files(void) {
-    struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-    limit.rlim_cur = limit.rlim_max;
-    (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 hs_status hs_shards_open(const char *dir, const hs_shard_tables *tables, hs_shards **out,
@@ -159,7 +160,7 @@ hs_status hs_shards_open(const char *dir, const hs_shard_tables *tables, hs_shar
                           .sample = sample};
     (void)snprintf(shards->dir, sizeof shards->dir, "%s", dir);
     for (size_t s = 0; s < count; s++) fds[s] = -1;
-    allow_files();
+    hs_files_allow(); /* a descriptor a shard */
     for (size_t s = 0; s < count; s++) {
         if (table[s].tokens <= config->sequence) continue; /* too short for one sample */
         const hs_status st = open_shard(shards, s, why);

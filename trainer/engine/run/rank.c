@@ -397,11 +397,7 @@ static hs_status run(rank *r, hs_why *why) {
         HS_TRY(hs_agent_link_create(r->args->agent, r->args->rank, r->attempt.attempt->epoch,
                                     &r->log, &r->agent, why));
     hs_abort_words_arm(r->args->rank, r->attempt.attempt->epoch, r->agent, &r->executor.step);
-    const hs_status watched = hs_stop_watch(r->stop, leave_in_the_middle, r);
-    if (watched != HS_OK)
-        return hs_fail(why, watched,
-                       "cannot start the thread that hears of lost peers; is there "
-                       "memory for one?");
+    HS_TRY(hs_stop_watch(r->stop, leave_in_the_middle, r, why));
     hs_check check;
     HS_TRY(open_parts(r, why));
     hs_stop_busy(r->stop, true);

@@ -9,6 +9,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "core/files.h"
 #include "wire/exit.h"
 
 bool hs_spawn_is_secret(const char *name_and_value) {
@@ -62,10 +63,10 @@ _Noreturn static void become(pid_t parent, const child *c) {
     (void)sigaddset(&waiting, SIGUSR1);
     (void)sigprocmask(SIG_SETMASK, &waiting, NULL);
     (void)signal(SIGPIPE, SIG_DFL);
-    const int nothing = open("/dev/null", O_RDONLY);
-    bool ready = nothing >= 0 && dup2(nothing, STDIN_FILENO) >= 0 &&
-                 dup2(c->out_fd, STDOUT_FILENO) >= 0 &&
+    bool ready = dup2(c->out_fd, STDOUT_FILENO) >= 0 &&
                  (c->err_fd < 0 || dup2(c->err_fd, STDERR_FILENO) >= 0);
+    close(STDIN_FILENO); /* the lowest number is the next one's, also where no other is left */
+    ready = ready && open("/dev/null", O_RDONLY) == STDIN_FILENO;
     for (int i = 0; i < KEPT; i++) ready = ready && keep(c->keep[i]);
     if (ready) (void)execve("/proc/self/exe", c->arguments, c->environment);
     (void)!write(STDERR_FILENO, complaint, sizeof complaint - 1);
@@ -73,7 +74,8 @@ _Noreturn static void become(pid_t parent, const child *c) {
 }
 
 static hs_status make_pipe(int ends[2], hs_why *why) {
-    if (pipe2(ends, O_CLOEXEC) != 0) return hs_fail(why, HS_E_IO, "pipe: %s", strerror(errno));
+    if (pipe2(ends, O_CLOEXEC) != 0)
+        return hs_files_failed(why, "a pipe for what a process says", errno);
     (void)fcntl(ends[0], F_SETFL, O_NONBLOCK);
     return HS_OK;
 }

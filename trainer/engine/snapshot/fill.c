@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "core/files.h"
 #include "core/stop.h"
 #include "snapshot/snapshot_internal.h"
 
@@ -124,7 +125,7 @@ hs_status hs_snapshot_start_filling(hs_snapshot *s, hs_why *why) {
     if (s->arena || s->threaded) return HS_OK;
     const int threads = hs_pool_threads(s->pool);
     s->ended_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (s->ended_fd < 0) return hs_fail(why, HS_E_IO, "eventfd: %s", strerror(errno));
+    if (s->ended_fd < 0) return hs_files_failed(why, "an event of snapshots", errno);
     hs_status st = hs_pool_create(threads < SUM_THREADS ? threads : SUM_THREADS, &s->sums);
     if (st == HS_OK && pthread_mutex_init(&s->lock, NULL) != 0) st = HS_E_MEMORY;
     if (st != HS_OK) return hs_fail(why, st, "no memory for the threads that end snapshots");

@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "core/files.h"
 #include "run/machine.h"
 #include "run/supervisor.h"
 #include "run/supervisor/supervisor_internal.h"
@@ -116,6 +117,7 @@ int hs_supervisor_main(const char *socket_path, int64_t agent_away_ms) {
     hs_why why = {.text = ""};
     hs_supervisor *s = calloc(1, sizeof *s);
     if (!s) return HS_EXIT_CONFIG;
+    hs_files_allow(); /* five a rank, and what each rank inherits: one a channel and a shard */
     s->path = socket_path;
     s->log = (hs_log){.fd = STDERR_FILENO, .level = HS_LOG_INFO, .rank = -1};
     s->agent_fd = -1;

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "core/clock.h"
+#include "core/files.h"
 #include "run/spawn.h"
 #include "run/supervisor/supervisor_internal.h"
 #include "wire/attempt.h"
@@ -64,11 +65,14 @@ static hs_status open_listener(const hs_msg_prepare *prepare, uint32_t local, in
     if (*fd < 0 || setsockopt(*fd, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes) != 0 ||
         bind(*fd, address->ai_addr, address->ai_addrlen) != 0 || listen(*fd, LISTEN_BACKLOG) != 0 ||
         getsockname(*fd, (void *)&bound, &bytes) != 0) {
-        const char *mend = errno == EADDRINUSE
+        const int code = errno;
+        const char *mend = code == EADDRINUSE
                                ? "; stop what listens there, or choose another launch.port_base"
                                : "";
-        st = hs_fail(why, HS_E_CONFIG, "local rank %u cannot listen on %s:%u: %s%s", local,
-                     bind_text, wanted, strerror(errno), mend);
+        st = code == EMFILE || code == ENFILE
+                 ? hs_files_failed(why, "a place for a rank to listen", code)
+                 : hs_fail(why, HS_E_CONFIG, "local rank %u cannot listen on %s:%u: %s%s", local,
+                           bind_text, wanted, strerror(code), mend);
         hs_sup_close_fd(fd);
     } else {
         *port = ntohs(bound.ss_family == AF_INET6
@@ -82,7 +86,7 @@ static hs_status open_listener(const hs_msg_prepare *prepare, uint32_t local, in
 static hs_status open_page(hs_sup_rank *r, hs_why *why) {
     r->status_fd = memfd_create("hotstage-rank-page", MFD_CLOEXEC);
     if (r->status_fd < 0 || ftruncate(r->status_fd, HS_RANK_PAGE_BYTES) != 0)
-        return hs_fail(why, HS_E_IO, "a page to watch a rank: %s", strerror(errno));
+        return hs_files_failed(why, "a page to watch a rank", errno);
     void *map = mmap(NULL, HS_RANK_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, r->status_fd, 0);
     if (map == MAP_FAILED)
         return hs_fail(why, HS_E_MEMORY, "mmap of a rank's page: %s", strerror(errno));
@@ -102,7 +106,7 @@ static hs_status keep_arenas(hs_supervisor *s, uint32_t count, hs_why *why) {
     s->arenas = arenas;
     while (s->arena_count < count) {
         const int fd = memfd_create("hotstage-arena", MFD_CLOEXEC);
-        if (fd < 0) return hs_fail(why, HS_E_IO, "an arena for a rank: %s", strerror(errno));
+        if (fd < 0) return hs_files_failed(why, "an arena for a rank", errno);
         s->arenas[s->arena_count++] = fd;
     }
     return HS_OK;
