@@ -102,12 +102,16 @@ def _tell_left(prepared: Prepared, store: Store, say: Callable[[str], None]) -> 
         saved = state.at_step(None)
         if saved is None or (state.ended is not None if data else steps <= saved.step):
             continue
-        why, more = f"has the same spec but for train.steps ({theirs['train']['steps']})", f" --steps {steps}"
+        train, why = prepared.spec.train, f"has the same spec but for train.steps ({theirs['train']['steps']})"
+        goes_on = f"resume {run} --steps {steps}"
         if data:
-            why, more = "has not ended, its spec is the same and its data are others, so the corpus has changed", ""
+            why = "has not ended, its spec is the same and its data are others, so the corpus has changed"
+            goes_on = f"resume {run}"
+        elif train.schedule.kind == "cosine" and train.optimizer.min_lr == 0.0:  # its own curve ends at 0
+            goes_on = f"fork {run} --set train.steps={steps}"
         say(
             f"run {prepared.run} is a new one: {run} (saved at step {saved.step}) {why}; "
-            f"`hotstage runs resume {run}{more} --store {shlex.quote(store.url)}` goes on with it"
+            f"`hotstage runs {goes_on} --store {shlex.quote(store.url)}` goes on with it"
         )
 
 

@@ -156,9 +156,17 @@ def test_who_comes_back_to_a_corpus_that_has_changed_or_for_more_steps_is_told_o
     assert told.startswith(
         f"run {more} is a new one: {left} (saved at step 7) has the same spec but for train.steps (4)"
     )
+    assert f"hotstage runs fork {left} --set train.steps=9 --store {store.url}`" in told, "its rate is 0 at its end"
+    flat = {"schedule": {"kind": "constant", "warmup": 0}}
+    left = on(ground[1].data.source, **flat)
+    log = RunLog(store, left)
+    state = begin(log, log.fold())
+    log.append("checkpoint", point_body(4, state.epoch), state, epoch=state.epoch)
+    on(ground[1].data.source, steps=9, **flat)
+    (told,) = [line for line in said if left in line]
     assert f"hotstage runs resume {left} --steps 9 --store {store.url}`" in told
-    on(ground[1].data.source, steps=7)
-    assert not [line for line in said if left in line], "it is there already"
+    on(ground[1].data.source, steps=3, **flat)
+    assert not [line for line in said if left in line], "it is further already"
 
 
 @pytest.mark.parametrize(
