@@ -58,6 +58,10 @@ _ENGINE_ENV = re.compile(
 """All that the engine inherits: it holds no credentials and needs no other variable. The last line is CUDA's: which
 devices are seen, how its libraries behave.
 """
+_NAMES_FILE = re.compile(
+    r"(AWS_(SHARED_CREDENTIALS_FILE|CONFIG_FILE|CA_BUNDLE|\w+_TOKEN_FILE)|(SSL|REQUESTS|CURL)_\w+)\Z"
+)
+"""Of what names a file for a store's client: relative to where the command works, and the agent works elsewhere."""
 _TAIL_BYTES = 2000
 _LOG_BYTES = 4 << 20  # of a process's own log; beyond it, its last quarter is kept
 _LOCK_S = 10.0  # for a starting agent to write its number, or a killed one to let go of its lock
@@ -198,7 +202,8 @@ class LocalLauncher:
         self._python, self._engine, self._agent_args = python, engine, tuple(agent_args)
         self._tied = ("--with-parent", str(os.getpid())) if with_parent else ()
         self._clock, self._sleep = clock, sleep
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._children: dict[subprocess.Popen[bytes], Path] = {}
+        self._left_with: dict[Path, int] = {}
         self._starts: dict[Path, list[float]] = {}
 
     # --- the seam -----------------------------------------------------------------------------------------
@@ -345,7 +350,7 @@ class LocalLauncher:
             engine = self._engine or ready_engine()  # before an agent that would wait for it
             if not agent_lives:
                 root = str(Path(__file__).resolve().parent.parent)
-                env = dict(os.environ)
+                env = _from_anywhere(os.environ)
                 env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
                 args = [self._python, "-m", "checkpoint.agent", "--store", launch.store_url, "--run", launch.run]
                 args += ["--launch", launch.launch_id, "--node", str(node), "--nodes", str(launch.nodes)]
@@ -396,10 +401,11 @@ class LocalLauncher:
         starts = [t for t in self._starts.get(pid_file, []) if self._clock() - t < _RESTART_WINDOW_S]
         if len(starts) >= _RESTARTS:
             full = _is_full(folder)
-            words = _tail(log_file) or "none"
+            words = _last_error(log_file) or _tail(log_file) or "none"
             # what still lives of the launch would wait for this one, which nobody starts
             self._end([folder.parent / f"node{node}" for node in range(_nodes(folder.parent))], _LEAVE_S)
-            raise LaunchError(
+            refused = self._left_with.get(pid_file) == LaunchRefused.exit_code
+            raise (LaunchRefused if refused else LaunchError)(
                 f"the {which} of {folder} died {len(starts)} times within {_RESTART_WINDOW_S:.0f} s; its last words: "
                 f"{words}" + ("; that folder's disk is full: free space, or choose another with --out" if full else "")
             )
@@ -416,7 +422,7 @@ class LocalLauncher:
                 stderr=log,
                 start_new_session=True,
             )
-        self._children.append(child)
+        self._children[child] = pid_file
         if nice := session_nice():  # what computes steps again below everybody's priority has its gang there too
             set_session_nice(child.pid, nice)
         deadline = self._clock() + _MARK_S
@@ -427,7 +433,8 @@ class LocalLauncher:
             self._sleep(0.001)
 
     def _reap(self) -> None:
-        self._children = [child for child in self._children if child.poll() is None]
+        for child in [child for child in self._children if child.poll() is not None]:
+            self._left_with[self._children.pop(child)] = child.returncode
 
     @staticmethod
     def _marks(nodes: Sequence[Path], which: str) -> list[ProcessMark]:
@@ -527,6 +534,22 @@ def _tail(path: Path) -> str:
             return file.read().decode(errors="replace").strip()
     except OSError:
         return ""
+
+
+def _last_error(path: Path) -> str:
+    """The last error of a log of JSON lines; empty where it has none."""
+    for line in reversed(_tail(path).splitlines()):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            told = json.loads(line)
+            if told["level"] == "error":
+                return str(told["text"])
+    return ""
+
+
+def _from_anywhere(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that works in another folder."""
+    files = {k: v for k, v in environment.items() if _NAMES_FILE.match(k) and v and v[0] not in "~/"}
+    return {**environment, **{name: os.path.abspath(value) for name, value in files.items()}}
 
 
 def _bound(path: Path) -> None:

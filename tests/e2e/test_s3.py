@@ -138,6 +138,16 @@ def test_ctrl_c_is_heard_while_the_store_does_not_answer(there: Place, server: S
     assert "the store does not answer" in done.err
 
 
+def test_credentials_in_a_file_that_is_named_from_where_the_command_works(there: Place, server: S3Server) -> None:
+    """An agent works in its node's folder, and found none: it was started again and again."""
+    access, secret = server.identities["trainer"]
+    (there.folder / "mine").write_text(f"[default]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del there.env[name]
+    there.env["AWS_SHARED_CREDENTIALS_FILE"] = "mine"
+    assert there.train("train.steps=8")["outcome"] == "succeeded"
+
+
 def refused(place: Place, code: int, secret: str, *words: str) -> None:
     done = place.refused_train()
     assert done.code == code, done.out + done.err

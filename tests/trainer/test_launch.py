@@ -349,6 +349,18 @@ def test_a_node_that_cannot_live_is_given_up_with_its_words(tmp_path: Path) -> N
         launcher.stop("a", 0)
 
 
+def test_an_agent_that_is_refused_is_a_refusal(tmp_path: Path) -> None:
+    launcher = LocalLauncher(tmp_path / "out")
+    launch = Launch("tiny-0", "a", 1, "s3://", tmp_path / "out")
+    try:
+        with pytest.raises(
+            LaunchRefused, match=r"the agent of .* died .* times.* last words: the agent cannot start: "
+        ):
+            ensure_again(launcher, launch)
+    finally:
+        launcher.stop("a", 0)
+
+
 def test_what_lives_of_a_node_that_is_given_up_is_ended(tmp_path: Path) -> None:
     """Its agent stayed for ever, waiting for a supervisor that nobody would start."""
     store = tmp_path / "store"
