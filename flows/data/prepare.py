@@ -58,6 +58,7 @@ from flows.data.shards import (
     sum_shard,
 )
 from flows.data.sources import Borne, Entry, open_source
+from flows.data.sources.talk import TODAY
 from flows.data.tokenizer import EOT, cut_long_words, given_tokenizer, may_end, template_begin, train_tokenizer
 from flows.data.work import WorkGone, piece_name
 from trainer.dataset import DatasetRef, token_bytes_for
@@ -163,6 +164,11 @@ class _Preparation:
         self.runner, self.clock = runner, clock
         self.given = given_tokenizer(spec)
         self.form = form_of(spec, self.given)
+        if self.form is not None and "strftime_now" in self.form.template:
+            say(
+                f"data: {self.form.what} asks for today's date, and data are the same every day: where it writes one, "
+                f"it is {TODAY:%d %b %Y}; for another one name a copy in which that stands (data.chat_template)"
+            )
         self.filter = filter_of(spec)
         entries = spec.vocab_size if self.given is None else self.given.vocab
         self.wide = room and token_bytes_for(entries, True) != token_bytes_for(entries)

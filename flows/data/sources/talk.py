@@ -13,6 +13,7 @@ Neither clock nor chance has a part in it: a conversation is the same text again
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import itertools
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
@@ -43,10 +44,15 @@ MAX_TEXT = 16 << 20
 """Characters that a template may write of one."""
 MAX_STEPS = 1 << 22
 """Rounds of loops and calls that it may take for that: seconds."""
+TODAY = datetime.datetime(2024, 7, 26)
+"""What templates are given as today, so that a conversation is the same text every day: what those of Llama take where
+they are told nothing."""
 BEGIN, END = "\ufdd0", "\ufdd1"
 """Around an answer while a template is at work: two of the codes that Unicode keeps free of characters."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 _KNOWN = ("system", "developer", "user", "assistant")
+_THOUGHT = ("reasoning_content", "thinking", "reasoning")
+"""Names under which records have what was thought before an answer; templates read the first or the second."""
 _NOT_READ = ("tools", "functions", "images", "image", "videos", "audios", "documents")
 """What stands beside a conversation and would have to be in the text; no model here looks at pictures."""
 _NOT_SAID = ("tool_calls", "function_call", "tool_call_id", "images", "audio")
@@ -124,6 +130,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum")  # which is of chance
         self.filters.pop("random")
         self.globals["raise_exception"] = _refuse
+        self.globals["strftime_now"] = TODAY.strftime
         self.filters["tojson"] = _to_json
 
     def begin(self) -> None:
@@ -203,9 +210,6 @@ def _told(form: ChatForm, error: Exception, where: Callable[[], str]) -> Dataset
     mend = "mend the record, leave it out of the file, or name another template (data.chat_template)"
     if isinstance(error, _Refused):
         why = f"it says: {str(error)[:300]}"
-    elif isinstance(error, UndefinedError) and "strftime_now" in str(error):
-        why = "it writes today's date, and a dataset is the same every day"
-        mend = "name a copy of it in which a date stands (data.chat_template)"
     elif isinstance(error, SecurityError):
         why, mend = str(error)[:300], "mend the template"
     else:
@@ -287,6 +291,8 @@ def read_messages(value: object, key: str, where: Callable[[], str]) -> list[dic
             raise refused(f"has in message {number} no text under {pair[1]!r} ({kind})")
         if said.get("weight", 1) not in (0, 1):
             raise refused(f"has in message {number} the weight {shown(said['weight'])}: it may be 0 or 1")
+        if (thought := next((said[name] for name in _THOUGHT if name in said), None)) is not None:
+            said = {"thinking": thought, **said, "reasoning_content": thought}
         messages.append({"role": mapped, "content": content, **said})
         if any(BEGIN in text or END in text for text in _texts(messages[-1:])):
             raise refused(f"holds U+FDD0 or U+FDD1 in message {number}, which are no characters")
@@ -374,6 +380,7 @@ def _turn(form: ChatForm, messages: Sequence[Message], number: int, where: Calla
             f"{number + 1}, and {shown(text[same:][:40])} where that is there, so what a model would say is not known; "
             "name a copy of it with {% generation %} and {% endgeneration %} around what counts (data.chat_template)"
         )
+    _check_said(form, messages, number, text, where)
     end = len(before) + _said(form, text[len(before) :])
     return _Turn(len(before), end, _digest(text[:end]))
 
@@ -403,7 +410,19 @@ def _by_blocks(form: ChatForm, messages: Sequence[Message], where: Callable[[], 
                 "{% generation %} blocks, so which are meant is not known; leave weights out, or have a block an answer"
             )
         spans = [span for span, weight in zip(spans, counts, strict=True) if weight]
+    _check_said(form, messages, len(messages) - 1, text, where)
     return _checked_ends(form, messages, text, where), tuple(spans)
+
+
+def _check_said(form: ChatForm, messages: Sequence[Message], number: int, text: str, where: Callable[[], str]) -> None:
+    """DatasetError where an answer, or the message before it, is not in the text at all."""
+    for one in range(max(0, number - 1), number + 1):
+        words = messages[one]["content"].split()
+        if words and not any(word in text for word in words):
+            raise DatasetError(
+                f"{where()}: {form.what} leaves out what message {one + 1} says ({shown(words[0])}), as those of "
+                "models that see pictures do with plain texts; name a template for texts (data.chat_template)"
+            )
 
 
 def _checked_ends(form: ChatForm, messages: Sequence[Message], text: str, where: Callable[[], str]) -> str:

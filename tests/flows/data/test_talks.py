@@ -202,6 +202,15 @@ BAD: Sequence[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_what_was_thought_has_three_names(here: Path, store: Store, name: str) -> None:
+    fill("c/a.jsonl", [ASKED[0], {**ASKED[1], name: "I know that."}])
+    for read in ("reasoning_content", "thinking"):
+        template = LEAVES.replace("{{ m.content }}", f"{{{{ m.{read} or '' }}}}{{{{ m.content }}}}")
+        ((_, counted),) = said(store, prepare(written_by(template), store))
+        assert counted == "I know that.Jane Austen.<|im_end|>"
+
+
 @pytest.mark.parametrize(("record", "words"), BAD)
 def test_a_record_that_is_none_is_told_with_its_place(here: Path, store: Store, record: Any, words: str) -> None:
     Path("c/a.jsonl").write_text(f"{json.dumps({'messages': ASKED})}\n{json.dumps(record)}\n")
@@ -293,7 +302,6 @@ def test_where_the_template_is_from(here: Path, store: Store) -> None:
         ("\ufdd1" + LEAVES, "holds U\\+FDD0, U\\+FDD1 or"),
         ("{{ raise_exception('no system here') }}", r"a.jsonl:1: .*does not write this .*\(it says: no system here\)"),
         ("{{ messages[9].role }}", r"a.jsonl:1: .*UndefinedError.*has no element 9"),
-        ("{{ strftime_now('%d') }}", "it writes today's date, and a dataset is the same every day.*a date stands"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{{ messages.append(1) }}", "is not safely callable|unsafe"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError|UndefinedError|unsafe"),
@@ -312,13 +320,18 @@ def test_where_the_template_is_from(here: Path, store: Store) -> None:
         ("{{ messages | random }}", "No filter named 'random'"),
         ("{% generation %}{% generation %}a{% endgeneration %}{% endgeneration %}", "blocks in one another"),
         (
-            "{% generation %}{% endgeneration %}x",
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}",
             "no token of data.source 'jsonl:c/\\*.jsonl' counts: nothing would be",
         ),
         (
             LEAVES.replace("assistant\n", "assistant\n<think>\n"),
             r"writes '<think>\\n' where it asks for the answer of message 2, and 'Jane Austen.* where that is there",
         ),
+        (
+            LEAVES.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"),
+            "leaves out what message 1 says .'Who'., as those of models that see pictures",
+        ),
+        ("{{ messages[0].content }}{% generation %}a{% endgeneration %}", "leaves out what message 3 says .'When.'."),
         (LEAVES.replace("<|im_end|>", EOT), r"writes <\|endoftext\|> inside a conversation.*data.end_token = \"</s>\""),
     ],
 )
@@ -326,6 +339,14 @@ def test_a_template_that_will_not_do_is_told(here: Path, store: Store, template:
     fill("c/a.jsonl", ASKED)
     with pytest.raises(DatasetError, match=words):
         prepare(written_by(template), store)
+
+
+def test_today_is_the_same_every_day(here: Path, store: Store) -> None:
+    fill("c/a.jsonl", ASKED[:2])
+    lines: list[str] = []
+    dataset = prepare(written_by("{{ strftime_now('%d %b %Y') }}" + LEAVES), store, say=lines.append)
+    assert said(store, dataset)[0][0].startswith("26 Jul 2024<|im_start|>")
+    assert any("asks for today's date" in line and "26 Jul 2024; for another one name a copy" in line for line in lines)
 
 
 def test_files_that_are_no_template(here: Path, store: Store) -> None:
