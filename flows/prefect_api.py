@@ -435,6 +435,9 @@ class Client:
         with contextlib.suppress(Exception):  # an older server has one page only
             told = self.inner._client.get(f"{base}/ui-settings", timeout=2.0).json()
             prefix = (told.get("v2_base_url") or "").rstrip("/") if told.get("default_ui") == "v2" else ""
+        below = urlsplit(base).path  # where the server serves its pages, or what a proxy takes away before it
+        if below and prefix.startswith(f"{below}/"):
+            prefix = prefix.removeprefix(below)
         return f"{base}{prefix}/runs/flow-run/{flow_run}"
 
     def has_flow_run(self, flow_run: str) -> bool:

@@ -57,6 +57,7 @@ _NUMA = (
     "for less a pod (launch.resources, launch.agent_resources, more launch.nodes), or take machines without that "
     "policy (launch.node_selector)"
 )
+_NO_ADDRESS = "the machine's network has no addresses left: use other machines, or tell whoever runs the cluster"
 _SHORT = {
     "Insufficient cpu": "lower launch.resources.cpu, or add machines",
     "Insufficient memory": "lower the plan's memory (more stages, smaller microbatches), or add bigger machines",
@@ -67,6 +68,8 @@ _SHORT = {
     "Too many pods": "machines hold as many pods as they may: add others",
     "ReadWriteOncePod": "such a claim is for one pod: take one of ReadWriteMany, or a volume of each pod's own",
     "Multi-Attach": "such a claim is for one machine: take one of ReadWriteMany, or a volume of each pod's own",
+    "assign an IP address": _NO_ADDRESS,  # AWS
+    "no IP addresses available": _NO_ADDRESS,
     "unbound": "a volume of launch.pod_patch has no storage behind it: create its claim",
 }
 

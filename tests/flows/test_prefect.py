@@ -281,6 +281,35 @@ def test_what_stands_before_a_server_is_not_taken_for_it(prefect: Api) -> None:
         front.close()
 
 
+@pytest.mark.parametrize(
+    ("api", "told", "page"),
+    [
+        ("/api", "/v2", "/v2"),
+        ("/prefect/api", "/prefect/v2", "/prefect/v2"),  # PREFECT_SERVER_UI_SERVE_BASE
+        ("/prefect/api", "/v2", "/prefect/v2"),  # a proxy takes it away
+        ("/api", "", ""),
+    ],
+)
+def test_the_page_of_a_server_below_a_path(api: str, told: str, page: str) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == api.replace("/api", "/ui-settings") else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps({"default_ui": "v2" if told else "v1", "v2_base_url": told}).encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing to the terminal."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        where = f"http://127.0.0.1:{server.server_port}"
+        with Client.open(f"{where}{api}") as client:
+            assert client.page_of("1") == f"{where}{page}/runs/flow-run/1"
+        server.shutdown()
+        thread.join()
+
+
 def test_a_password_in_the_url_is_used_and_never_told(tmp_path: Path) -> None:
     """By a server that wants it, by one that refuses it, and where nobody answers."""
     given: list[str | None] = []

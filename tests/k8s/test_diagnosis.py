@@ -91,6 +91,15 @@ WAITS: dict[str, tuple[PodView | None, list[EventView], str]] = {
         [EventView("x-k1-1", "FailedAttachVolume", 'Multi-Attach error for volume "pvc-1"', "Warning")],
         "take one of ReadWriteMany",
     ),
+    "no addresses": (
+        replace(unscheduled(""), conditions={}),
+        [
+            EventView(
+                "x-k1-1", "FailedCreatePodSandBox", "add cmd: failed to assign an IP address to container", "Warning"
+            )
+        ],
+        "has no addresses left",
+    ),
     "mount": (
         replace(unscheduled(""), conditions={}),
         [EventView("x-k1-1", "FailedMount", 'secret "x-k1-key" not found', "Warning")],
