@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint.safetensors import NoWeights, instead
+from flows.data.chat_form import has_template
 from trainer.errors import SpecError
 from trainer.models import family, names
 from trainer.models.hf_config import left_out, name_of, read_config
@@ -41,6 +42,7 @@ def spec_text(
     if model.vocab < 1:
         raise SpecError(f"config.json: vocab_size {model.vocab} must be at least 1; raise it")
     folder = path if path.is_dir() else path.parent
+    talks = has_template(folder)
     dropout = left_out(config)
     what = "trained on from its weights" if weights else "without its weights (hotstage import brings them)"
     begin = ["", "# the weights to begin from; the run is known by their digest, the folder may move"]
@@ -56,6 +58,11 @@ def spec_text(
         "",
         "[data]",
         f"source = {_toml(source)}        # or text:GLOB, jsonl:GLOB",
+        *(
+            ['# messages = "messages"         # of conversations: the chat template beside it writes them']
+            if talks
+            else []
+        ),
         *_tokenizer_lines(folder, tokenizer, end_token),
         "",
         "[train]",

@@ -6,6 +6,7 @@ tokenizer_config.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from checkpoint.export_to import TEMPLATE
 from checkpoint.store import Store
 from flows.data.sources.talk import BEGIN, END, ChatForm, form_template
 from flows.data.tokenizer import EOT, GivenTokenizer, known_ends, special_tokens
-from trainer.errors import DatasetError
+from trainer.errors import DatasetError, SpecError
 from trainer.models.hf_config import read_config
 from trainer.spec import DataSpec
 from trainer.spec_fields import shown
@@ -127,6 +128,14 @@ def _template(spec: DataSpec, folder: Path | None, config: Mapping[str, Any]) ->
         f"data.messages {shown(spec.messages or '')}: no chat template says how conversations are written{beside}: "
         f'name one, data.chat_template = "FILE.jinja" or "{CHATML}"'
     )
+
+
+def has_template(folder: Path) -> bool:
+    """Whether one lies in a model's folder."""
+    with contextlib.suppress(SpecError):  # told by whoever reads it
+        config = folder / _TREES[1]
+        return (folder / TEMPLATE).is_file() or (config.is_file() and _default(read_config(config)) is not None)
+    return False
 
 
 def _default(config: Mapping[str, Any]) -> str | None:

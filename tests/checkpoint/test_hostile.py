@@ -161,6 +161,7 @@ MIXTURE: dict[str, Any] = {
         for digest, count in (("a", 2), ("b", 1))
     ],
     "phases": [{"from_batch": 1, "weights": [3, 1]}, {"from_batch": 20, "weights": [0, 1]}],
+    "talk": {"template": "{{ bos_token }}", "tokens": {"bos_token": "<s>", "eos_token": "</s>"}},
     "tokenizer_sha256": "0" * 64,
 }
 

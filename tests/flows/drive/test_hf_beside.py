@@ -139,6 +139,7 @@ def test_talks_are_written_by_the_template_that_came_with_the_weights(
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     words = ["import", str(folder), "--store", case.url, "-o", str(tmp_path / "x.toml")]
     assert called([*words, "--data", f"text:{tmp_path}/a.txt"])[0] == 0
+    assert '# messages = "messages"         # of conversations' in (tmp_path / "x.toml").read_text()
     data = [f"data.source=jsonl:{tmp_path}/a.jsonl", "data.messages=messages", "train.sequence=16"]
     held_out = ["validation.every=1", f"validation.source=jsonl:{tmp_path}/a.jsonl", "validation.messages=messages"]
     child = prepare_run(load_spec(tmp_path / "x.toml", [*data, *held_out]), case.store)
