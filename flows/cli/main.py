@@ -139,6 +139,25 @@ def cli(verbose: int) -> None:
     handler.setFormatter(LogLines())
     logging.basicConfig(level=levels[min(verbose, 2)], handlers=[handler])
     pass_loopback_by(os.environ)
+    _leave_out_key_log()
+
+
+def _leave_out_key_log() -> None:
+    """SSLKEYLOGFILE, which tools that look into TLS set: where its file cannot be written every client here, S3's,
+    Prefect's and the cluster's, would fail as it is made, and blame a setting of its own.
+    """
+    name = os.environ.get("SSLKEYLOGFILE")
+    try:
+        if name:
+            os.close(os.open(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        del os.environ["SSLKEYLOGFILE"]
+        logging.getLogger(__name__).warning(
+            "SSLKEYLOGFILE is %r, which cannot be written (%s): it is left out, as no connection by TLS would be made "
+            "with it; unset it, or name a file that can be",
+            name,
+            error.strerror,
+        )
 
 
 class Number(click.FloatRange):

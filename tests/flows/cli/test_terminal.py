@@ -49,6 +49,22 @@ def test_help_is_printed_with_what_the_terminal_can_show(env: dict[str, str], en
         assert "?endpoint=" in text
 
 
+def test_keys_of_tls_that_cannot_be_written_are_left_out_and_no_other_setting_is_blamed(tmp_path: Path) -> None:
+    nobody = {"PREFECT_API_URL": "https://127.0.0.1:1/api", "PREFECT_HOME": str(tmp_path)}
+    for name, told in (
+        (tmp_path / "none" / "keys", "No such file"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "k", ""),
+    ):
+        done = run("schedules", "ls", env={**nobody, "SSLKEYLOGFILE": str(name)})
+        said = done.stderr.decode()
+        assert (done.returncode, done.stdout) == (78, b"")
+        assert "no answer at https://127.0.0.1:1/api" in said
+        assert ("SSLKEYLOGFILE is " in said) == bool(told)
+        assert told in said
+        assert "SSL_CERT_FILE" not in said
+
+
 def test_refusals_too() -> None:
     done = run("plan", "caf\udce9 …\u5b57.toml", env={"PYTHONIOENCODING": "latin-1", "LC_ALL": "C.UTF-8"})
     assert done.returncode == 78, done.stderr
