@@ -20,7 +20,6 @@ from flows.data.work import KeptWork, piece_name
 _SORTED = 1 << 19  # documents whose hashes are sorted at a time
 _HELD = 8  # parts whose signatures are in memory
 Flags = npt.NDArray[np.bool_]
-Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import os
 import random
 import select
@@ -32,7 +31,6 @@ __all__ = ["engine", "gang"]  # fixtures
 
 SIZES = [pytest.param(60, id="short"), pytest.param(1500, id="long", marks=pytest.mark.slow)]
 TELLING = (0, 1, 2, 3, 63, 64, 255, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
-HEAD = ctypes.sizeof(wire.Attempt)
 
 
 def mutated(data: bytes, dice: random.Random) -> bytearray:

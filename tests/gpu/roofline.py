@@ -20,7 +20,6 @@ from trainer.wire.kernels import KERNELS
 CACHE_BYTES = 1 << 28  # operands are taken from sets of this much, several times the last cache: they come from memory
 LONG_S = 0.02  # of a measurement
 ELEMENTS = 1 << 27  # of a call for all tensors, at most: AdamW's operands are then 2.4 GB
-PRODUCTS = ("linear", "attention", "logits", "classifier", "quantised")
 
 
 @dataclass(frozen=True)

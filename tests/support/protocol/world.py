@@ -385,13 +385,6 @@ class World:
         if best and attempt.step < best[0].step:
             self.silent(f"attempt {attempt.n} begins at step {attempt.step}, and step {best[0].step} was saved")
 
-    def won(self, state: RunState) -> None:
-        """A driver acts on the attempt that it believes to have won."""
-        n = state.epoch
-        mine = self.state.attempt(n)
-        if mine is None or mine.body != state.attempts[-1].body:
-            self.silent(f"a driver acts on attempt {n}, which is another's")
-
     def deleted(self, key: str) -> None:
         """An object is gone: it was of nothing that anybody may still want."""
         point = self._point(key)

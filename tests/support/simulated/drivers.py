@@ -24,8 +24,6 @@ from trainer.launch import Launch, LaunchView, nothing
 if TYPE_CHECKING:
     from tests.support.simulated.world import World
 
-UNKNOWN_S = 15.0
-
 
 class Killed(BaseException):
     """SIGKILL, in the middle of a look."""
