@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from checkpoint import codec, keys, pages
 from checkpoint.chunks import Piece
 from checkpoint.digest import BLOCK_ELEMENTS, blocks, wrong_block
-from checkpoint.errors import Damaged, NotFound
+from checkpoint.errors import Damaged, NotFound, StoreRefused
 from checkpoint.log import CheckpointInfo
 from checkpoint.manifest import PARAM, VERSION, Manifest
 from checkpoint.store.base import Store
@@ -20,13 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 def load_manifest(store: Store, run: str, info: CheckpointInfo) -> Manifest:
-    """The manifest that a checkpoint record names; Damaged where it does not agree in size, digest and content."""
+    """The manifest that a checkpoint record names; Damaged where it does not agree in size, digest and content,
+    StoreRefused where it is whole and another run's.
+    """
     what = f"manifest {info.manifest} of run {run}"
     try:
         data = pages.read(store, run, info.manifest, what, size=info.bytes, sha256=info.sha256)
     except NotFound as error:
         raise Damaged(f"{what}: log record {info.n} names it, but it is gone") from error
     manifest = Manifest.parse(data, what)
+    _check_name(manifest.run, run, what)
     said = (manifest.run, manifest.step, manifest.epoch, manifest.samples, len(manifest.sources))
     if said != (run, info.step, info.epoch, info.data_position, info.parts):
         raise Damaged(f"{what}: says (run, step, epoch, samples, parts) {said}, log record {info.n} says otherwise")
@@ -38,7 +41,8 @@ def load_manifest(store: Store, run: str, info: CheckpointInfo) -> Manifest:
 
 
 def refuse_newer(store: Store, run: str, info: CheckpointInfo) -> None:
-    """OtherVersion where a newer hotstage wrote the manifest that a checkpoint record names: one request.
+    """OtherVersion where a newer hotstage wrote the manifest that a checkpoint record names, StoreRefused where it is
+    another run's: one request.
 
     For before anything is written that would go on from it. What is damaged or gone passes: whoever restores sees it,
     and so whoever reads the pages of a large one.
@@ -47,9 +51,20 @@ def refuse_newer(store: Store, run: str, info: CheckpointInfo) -> None:
     try:
         root = store.get(keys.run_key(run, info.manifest), max_bytes=pages.ONE_OBJECT_BYTES)
         if not pages.check_list(root, what):
-            codec.Fields(codec.unseal(root, what, max_bytes=len(root)), what).version(VERSION)
+            fields = codec.Fields(codec.unseal(root, what, max_bytes=len(root)), what)
+            fields.version(VERSION)
+            _check_name(fields.text("run", 200), run, what)
     except (Damaged, NotFound):
         pass
+
+
+def _check_name(said: str, run: str, what: str) -> None:
+    """StoreRefused where a run was renamed by hand: nothing is damaged, and renamed back it is there again."""
+    if said != run and keys.is_run(said):
+        raise StoreRefused(
+            f"{what}: it is whole, and of run {said}: what lies under runs/{run}/ was renamed or copied, and a run "
+            f"keeps its name; rename it back (runs/{said}/ and index/{said}), or fork {said} under another name"
+        )
 
 
 class StateReader:

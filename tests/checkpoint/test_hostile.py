@@ -23,7 +23,7 @@ from checkpoint.claims import Place
 from checkpoint.curve import Curve
 from checkpoint.dataset import ShardLeaves, load_dataset_manifest
 from checkpoint.digest import KINDS
-from checkpoint.errors import CheckpointError, Damaged, OtherVersion
+from checkpoint.errors import CheckpointError, Damaged, OtherVersion, StoreRefused
 from checkpoint.layout import PlanRefused, read_plan
 from checkpoint.log import Record, RunLog, RunState, condensed_key
 from checkpoint.manifest import Manifest, PartManifest, merge_read
@@ -35,7 +35,7 @@ from tests.support.mutations import bombs, flipped, mutate, sealed
 
 RUN = "demo-0a1b2c"
 CAP = 64 << 20
-SAID = (Damaged, OtherVersion, PlanRefused)
+SAID = (Damaged, OtherVersion, PlanRefused, StoreRefused)  # the last: a manifest of another run
 
 
 @cache

@@ -12,10 +12,10 @@ import pytest
 
 from checkpoint import keys
 from checkpoint.chunks import ChunkPlan, Piece, chunk_pieces
-from checkpoint.errors import Damaged, NotFound, OtherVersion
+from checkpoint.errors import Damaged, NotFound, OtherVersion, StoreRefused
 from checkpoint.log import FOLD_EVERY, Record, RunLog, RunState
 from checkpoint.manifest import Manifest
-from checkpoint.read import StateReader, load_manifest
+from checkpoint.read import StateReader, load_manifest, refuse_newer
 from checkpoint.store import Store, open_store
 from checkpoint.store.memory import MemoryStore
 from checkpoint.verify import is_plan, verify_checkpoint, verify_run
@@ -195,6 +195,22 @@ def test_a_fork_without_a_checkpoint_of_its_own_needs_its_parent_s(tmp_path: Pat
         store, child, child.append("attempt", attempt_body(), state), seed=3, step=15, owners=[[0, 1], [2, 3, 4]]
     )
     assert not any(RUN in p.key for p in verify_run(store, child.run).problems)  # it has one of its own now
+
+
+def test_a_run_that_was_renamed_by_hand_is_not_damaged(tmp_path: Path) -> None:
+    """Each of its checkpoints was marked as damaged in its log, for good."""
+    store = open_store(tmp_path.as_uri())
+    _, state = a_run(store)
+    (tmp_path / "runs" / RUN).rename(tmp_path / "runs" / "mine-0a1b2c")
+    for look in (
+        lambda: load_manifest(store, "mine-0a1b2c", state.checkpoints[0]),
+        lambda: refuse_newer(store, "mine-0a1b2c", state.checkpoints[0]),
+        lambda: verify_run(store, "mine-0a1b2c"),
+    ):
+        with pytest.raises(StoreRefused, match=rf"it is whole, and of run {RUN}: .* rename it back \(runs/{RUN}/"):
+            look()
+    (tmp_path / "runs" / "mine-0a1b2c").rename(tmp_path / "runs" / RUN)
+    assert verify_run(store, RUN, "full").ok
 
 
 def test_folds_are_checked_against_the_records(tmp_path: Path) -> None:
