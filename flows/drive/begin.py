@@ -40,6 +40,7 @@ from trainer.errors import DatasetError, PlanError, SpecError
 from trainer.local_launch import ready_to_launch
 from trainer.plan import compile_plan
 from trainer.spec import DataSpec, RunSpec, what_digest, what_map
+from trainer.spec_sections import ScheduleSpec
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,21 @@ def data_of(spec: RunSpec, store: Store) -> Iterator[DataSpec]:
         yield data
 
 
+def _check_schedule(schedule: ScheduleSpec) -> None:
+    """Of a run that begins at step 0."""
+    if schedule.start:
+        raise SpecError(
+            f"train.schedule.start {schedule.start}: this run begins at step 0, with its learning-rate "
+            "schedule; leave it out (a fork of another run's checkpoint may have one that begins later)"
+        )
+    if schedule.kind == "constant" and schedule.decay:
+        log.warning(
+            'train.schedule.decay %d is not looked at: a schedule of kind "constant" never falls; take kind = "wsd", '
+            "or leave it out",
+            schedule.decay,
+        )
+
+
 def prepare_run(
     spec: RunSpec,
     store: Store,
@@ -154,17 +170,7 @@ def prepare_run(
     board = board or NoBoard()
     check_fabric(spec)
     check_trackers(spec.track)
-    if spec.train.schedule.start:
-        raise SpecError(
-            f"train.schedule.start {spec.train.schedule.start}: this run begins at step 0, with its learning-rate "
-            "schedule; leave it out (a fork of another run's checkpoint may have one that begins later)"
-        )
-    if spec.train.schedule.kind == "constant" and (decay := spec.train.schedule.decay):
-        log.warning(
-            'train.schedule.decay %d is not looked at: a schedule of kind "constant" never falls; take kind = "wsd", '
-            "or leave it out",
-            decay,
-        )
+    _check_schedule(spec.train.schedule)
     if out is not None and spec.launch.target == "local":
         ready_to_launch(out)
     ready_store(store)
