@@ -289,8 +289,10 @@ class Client:
             if isinstance(error, UnicodeEncodeError):
                 mend = _NO_HEADER
             elif isinstance(error, OSError):
+                path = known.settings.api.ssl_cert_file
+                named = bool(os.environ.get("PREFECT_API_SSL_CERT_FILE")) or path != os.environ.get("SSL_CERT_FILE")
                 mend = (
-                    f"PREFECT_API_SSL_CERT_FILE is {known.settings.api.ssl_cert_file!r}, which cannot be used "
+                    f"{'PREFECT_API_' if named else ''}SSL_CERT_FILE is {path!r}, which cannot be used "
                     f"({error.strerror or error}): name a file with the certificates of your authority, or unset it"
                 )
             else:  # its own address is one: `configured`

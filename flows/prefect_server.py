@@ -128,6 +128,9 @@ class PrefectServer:
                 f"; its database in {self._home()} was made by a newer Prefect than this one ({version('prefect')}): "
                 "install that, or name another folder with PREFECT_HOME"
             )
+        named = os.environ.get("SSL_CERT_FILE")
+        if named and not os.path.isfile(named):
+            return f"; SSL_CERT_FILE is {named!r}, and there is no such file: name one with certificates, or unset it"
         return self._no_home() or (f"; its last word: {re.sub(r'://[^/@ ]*@', '://', error)[:300]}" if error else "")
 
     def _home(self) -> str:

@@ -226,6 +226,25 @@ def test_a_file_of_authorities_that_is_none(tmp_path: Path) -> None:
             Client.connect("https://prefect.example/api")
 
 
+def test_a_file_of_authorities_that_every_program_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As conda and nix set it. Prefect takes it where it has no setting of its own, which was blamed."""
+    monkeypatch.delenv("PREFECT_API_SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "missing"))
+    with (
+        temporary_settings(updates={PREFECT_API_SSL_CERT_FILE: str(tmp_path / "missing")}),
+        pytest.raises(Refused, match=r"^SSL_CERT_FILE is '.*/missing', which cannot be used"),
+    ):
+        Client.connect("https://prefect.example/api")
+    server = PrefectServer(tmp_path)
+    server.start()
+    try:
+        assert not server.wait()
+        said = server.why_not_up()
+        assert said.startswith(f"; SSL_CERT_FILE is '{tmp_path}/missing', and there is no such file: name one"), said
+    finally:
+        server.stop()
+
+
 def test_a_user_without_a_home_is_told_to_set_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before Prefect is imported, which prints a line of its own about its plugins."""
     monkeypatch.delenv("HOME", raising=False)
