@@ -70,7 +70,8 @@ def form_beside(files: Mapping[str, str], tokenizer: Tokenizer, end: int | None,
         return None
     ends, begins = (None if token is None else tokenizer.id_to_token(token) for token in (end, begin))
     named = {"eos_token": ends, "bos_token": begins} | _tokens(trees.values())
-    return _made(template, named, special_tokens(tokenizer), ends, known_ends(tokenizer), "the model's chat template")
+    what = "the model's chat template (`hotstage chat --plain` does without it)"
+    return _made(template, named, special_tokens(tokenizer), ends, known_ends(tokenizer), what)
 
 
 def _made(

@@ -23,7 +23,7 @@ from checkpoint.log import RunLog
 from checkpoint.store import Store
 from flows.data.sources.talk import Message
 from flows.drive.begin import prepare_run
-from flows.drive.hf_beside import beside_of, read_beside, tokenizer_config_of
+from flows.drive.hf_beside import beside_of, ends_of, read_beside, tokenizer_config_of
 from flows.drive.line import parent_of
 from flows.drive.their_tokenizer import tokenizer_of
 from flows.evaluate.validate import validation_data
@@ -182,6 +182,16 @@ def test_talks_are_written_by_the_template_that_came_with_the_weights(
     monkeypatch.setattr(command, "_lines", lambda: iter(["the fox?"]))
     assert called(["chat", held, "--store", case.url, "--plain"])[0] == 0
     assert len(asked) == 3
+
+
+def test_an_answer_ends_where_the_template_ends_it(tmp_path: Path) -> None:
+    """Also where no config names the token, as of a run on conversations whose model is from nothing."""
+    ids = chat_folder(tmp_path / "m")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "m" / "tokenizer.json"))
+    assert ends_of({}, tokenizer, 0) == [0]
+    assert ends_of({"chat_template.jinja": TEMPLATE}, tokenizer, 0) == [0, ids["eot"]]
+    for template in ("{%", "{{ raise_exception('no') }}", "{{ messages[0].content }}"):
+        assert ends_of({"chat_template.jinja": template}, tokenizer, 0) == [0]
 
 
 def test_what_cannot_be_read_beside_a_model_is_told_and_left_out(
