@@ -6,7 +6,11 @@ have from that step on, and so does what follows an order that sent the run back
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +20,45 @@ from flows.tracking.writers import About, Written
 from trainer.wire.files import write_file
 
 HELD = "hotstage.json"
+_NUMBERS = itertools.count()
+
+
+class EventFile:
+    """A new event file, by the library's records: its own writer has a thread, which prints what it fails with. What is
+    added is written by ``flush``; OSError from that, and it goes on where it stopped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.time()
+        name = f"events.out.tfevents.{int(began):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        self._rest, self._records = bytearray(), RecordWriter(self)
+        self._file = open(folder / name, "xb", buffering=0)  # noqa: SIM115 (open until close)
+        self.add(Event(wall_time=began, file_version="brain.Event:2"))
+        try:
+            self.flush()
+        except OSError:
+            self._file.close()
+            (folder / name).unlink()
+            raise
+
+    def add(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+
+    def write(self, data: bytes) -> None:
+        """Of the library's records: a file is what they write to."""
+        self._rest += data
+
+    def flush(self) -> None:
+        while self._rest:
+            del self._rest[: self._file.write(self._rest)]
+
+    def close(self) -> None:
+        with self._file:
+            self.flush()
 
 
 class TensorBoardWriter:
@@ -25,13 +68,12 @@ class TensorBoardWriter:
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
-        self._files: Any = None
+        self._files: EventFile | None = None
         self._run = self.folder
 
     def begin(self, about: About, held: Written | None) -> Written:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._close()
+        with contextlib.suppress(OSError):  # of a disk that was full: what is not held is told again
+            self._close()
         self._run = self.folder / about.run
         own = self._held()
         fresh = own is None
@@ -39,7 +81,7 @@ class TensorBoardWriter:
         if own.branch != about.branch and not fresh:
             own = Written(min(own.step, about.begins), about.branch, own.begins, _upto(own.done, about.begins))
         own.branch = about.branch
-        self._files = EventFileWriter(str(self._run), max_queue_size=1000, flush_secs=3600)
+        self._files = EventFile(self._run)
         self._mark(own.step + 1)
         if fresh:
             self.text(about.born, time.time(), "run", _words(about))
@@ -50,15 +92,16 @@ class TensorBoardWriter:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         found = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._files.add_event(Event(wall_time=time, step=step, summary=Summary(value=found)))
+        self._add(Event(wall_time=time, step=step, summary=Summary(value=found)))
 
     def text(self, step: int, time: float, name: str, text: str) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.plugins.text.summary import text_pb
 
-        self._files.add_event(Event(wall_time=time, step=step, summary=text_pb(name, text)))
+        self._add(Event(wall_time=time, step=step, summary=text_pb(name, text)))
 
     def flush(self, held: Written) -> None:
+        assert self._files is not None
         self._files.flush()
         write_file(self._run / HELD, json.dumps(held.to_map()).encode())
 
@@ -69,7 +112,11 @@ class TensorBoardWriter:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         started = SessionLog(status=SessionLog.START)
-        self._files.add_event(Event(wall_time=time.time(), step=step, session_log=started))
+        self._add(Event(wall_time=time.time(), step=step, session_log=started))
+
+    def _add(self, event: Any) -> None:
+        assert self._files is not None
+        self._files.add(event)
 
     def _held(self) -> Written | None:
         try:

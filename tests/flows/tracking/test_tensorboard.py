@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,36 @@ def test_a_folder_that_cannot_be_written_is_told_once_and_caught_up(tmp_path: Pa
     assert one.close(30)
     assert one.trouble.empty()
     assert shown(folder) == want((0, 1, 8))
+
+
+def test_a_disk_that_is_full_is_an_error_and_nothing_else(tmp_path: Path) -> None:
+    """The library's own thread printed a traceback at each try, and left an empty file."""
+    program = """
+import resource, sys
+from flows.tracking.tensorboard_files import TensorBoardWriter
+from flows.tracking.writers import About
+writer = TensorBoardWriter(sys.argv[1])
+about = About(run=sys.argv[2], store="", branch=0, begins=0, born=0, parent=None, config={})
+limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+for room in (0, 600):  # for nothing; for the first record and a part of what follows
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        held = writer.begin(about, None)
+        writer.text(0, 0.0, "long", "x" * 600)
+        writer.flush(held)
+    except OSError as error:
+        print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+held = writer.begin(about, None)
+writer.numbers(1, 0.0, {"train/loss": 2.0})
+writer.flush(held)
+writer.end("")
+"""
+    command = [sys.executable, "-c", program, str(tmp_path), RUN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("OSError\nOSError\n", "", 0)
+    assert all(file.stat().st_size for file in (tmp_path / RUN).iterdir())
+    assert shown(tmp_path) == [(1, 2.0)]
 
 
 def test_what_nobody_told_is_read_wherever_it_lies() -> None:
