@@ -447,6 +447,16 @@ def _by_datasets(what: str) -> Iterator[None]:
         mend = "; name one of them, hf:…?name=…" if why.startswith("Config name is missing") else ""
         if "cast" in why.lower():
             mend = "; its files differ in their columns: jsonl:GLOB and parquet:GLOB read the column of the text alone"
+        if why.startswith("Dataset scripts are no longer supported"):
+            mend = (
+                "; take the script out of the folder, or read its files by parquet:GLOB or jsonl:GLOB; of one on the "
+                "Hub take the copy without it: hf:NAME?revision=refs/convert/parquet"
+            )
+        if why.startswith("Unable to find"):
+            why = why.partition(" with any supported extension")[0]
+            mend = "; its README.md names it (configs, data_files): correct that, or read its files by parquet:GLOB"
+        if "on the Hub" in why:
+            mend = "; there is no such folder here, so it was looked for there"
         raise DatasetError(f"{what} by datasets: {why}{mend}") from error
 
 

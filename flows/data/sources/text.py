@@ -22,7 +22,7 @@ MOST_LOST = 3
 """A file of which more than this part of the characters is no UTF-8 is no text in it."""
 _MARKED = {
     "jsonl|ndjson|jsonlines|json": ("JSON", "keys and braces; jsonl:GLOB reads the texts in lines of JSON"),
-    "csv|tsv": ("tables", "columns and quotes; write the column of its texts as JSON lines (jsonl:GLOB) or Parquet"),
+    "csv|tsv": ("tables", "columns and quotes; hf:FOLDER reads a column of such files (data.field)"),
     "html?|xhtml|xml": ("HTML or XML", "tags; take the text out of it first"),
 }
 """What files are by the ends of their names, and what of them is no text."""

@@ -298,6 +298,19 @@ def test_hugging_face_datasets(here: Path, small: Callable[[int], None]) -> None
     Path("c/mixed/b.jsonl").write_text('{"text": "b", "more": 1}\n')
     with pytest.raises(DatasetError, match=r"Couldn't cast .*; its files differ in their columns: jsonl:GLOB and parq"):
         texts("hf:c/mixed")
+    Path("c/script").mkdir()
+    Path("c/script/script.py").touch()
+    Path("c/script/a.jsonl").write_bytes(lines(TEXTS))
+    with pytest.raises(DatasetError, match=r"found script.py; take the script out of the folder, .*convert/parquet"):
+        texts("hf:c/script")
+    Path("c/script/script.py").unlink()
+    assert texts("hf:c/script") == TEXTS
+    Path("c/many/README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: gone.jsonl\n---\n")
+    with pytest.raises(DatasetError, match=r"Unable to find '.*/gone.jsonl'; its README.md names it"):
+        texts("hf:c/many")
+    Path("c/tables").mkdir()
+    Path("c/tables/a.csv").write_text("n,text\n1,one\n2,two\n")
+    assert texts("hf:c/tables") == ["one", "two"]
     with pytest.raises(SpecError, match="unknown option 'splits'"):
         texts("hf:c/one?splits=x")
     with pytest.raises(SpecError, match="what save_to_disk wrote has no revision; leave that out"):
