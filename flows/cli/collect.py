@@ -43,7 +43,9 @@ def pin_checkpoint(run: str, name: str, step: int | None, store: str | None) -> 
 def unpin_checkpoint(run: str, name: str, store: str | None) -> int:
     """Take a pin away, also one that a killed command left (`ckpt ls RUN` shows them)."""
     from checkpoint.collect.pins import unpin
+    from checkpoint.keys import is_run
     from checkpoint.log import RunLog
+    from flows.drive.line import parent_of
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from trainer.errors import SpecError
@@ -57,6 +59,14 @@ def unpin_checkpoint(run: str, name: str, store: str | None) -> int:
         raise SpecError(f"{found} has no pin {name!r}; its pins: {there}")
     unpin(log, name, state)
     say(f"{found}: the pin {name} is gone")
+    if name.startswith("fork-") and is_run(name):
+        child = RunLog(opened, name.removeprefix("fork-")).fold(quick=True)
+        parent = parent_of(child)
+        if parent is not None and parent["run"] == found and not child.restore_candidates():
+            say(
+                f"{child.run} has saved nothing of its own: once that checkpoint is given up it cannot begin; "
+                f"`hotstage ckpt pin {found} {name} --step {parent['step']}` keeps it"
+            )
     return 0
 
 

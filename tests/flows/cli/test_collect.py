@@ -15,7 +15,7 @@ from checkpoint.log import RunLog
 from checkpoint.store import Store, open_store
 from flows.cli.main import exit_code_of
 from flows.page.artifacts import files_markdown
-from tests.checkpoint.samples import WHAT
+from tests.checkpoint.samples import WHAT, attempt_body, point_body
 from tests.support.small_checkpoints import RUN, begin, names, save, upload
 
 HOW = {"parallel": {"stages": 2}}
@@ -117,6 +117,26 @@ def test_pins(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{RUN} has no pin 'none'; its pins: mine" in said(capsys, "unpin", RUN, "none", code=78)
     assert said(capsys, "unpin", RUN, "mine") == f"{RUN}: the pin mine is gone\n"
     assert "given up: step 20;" in said(capsys, "gc", RUN)
+
+
+def test_a_pin_that_a_fork_begins_from_says_so_when_it_goes(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    log = made(store)
+    found = log.fold().at_step(50)
+    assert found is not None
+    child = RunLog(store, "child-0a1b2c", writer="test")
+    body = {"kind": "parent", "run": RUN, "checkpoint": found.n, "step": 50, "state_digest": found.state_digest}
+    state = child.append("intervention", body, child.fold())
+    for words in (
+        "child-0a1b2c has saved nothing of its own",
+        f"`hotstage ckpt pin {RUN} fork-child-0a1b2c --step 50`",
+    ):
+        said(capsys, "pin", RUN, "fork-child-0a1b2c", "--step", "50")
+        assert words in said(capsys, "unpin", RUN, "fork-child-0a1b2c")
+    state = child.append("attempt", attempt_body(), state)
+    child.append("checkpoint", point_body(60, state.epoch), state, epoch=state.epoch)
+    for name in ("fork-child-0a1b2c", "fork-nobody-0a1b2c"):
+        said(capsys, "pin", RUN, name, "--step", "50")
+        assert said(capsys, "unpin", RUN, name) == f"{RUN}: the pin {name} is gone\n"
 
 
 def test_one_run_that_cannot_be_collected_does_not_keep_the_others(
