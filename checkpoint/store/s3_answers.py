@@ -13,10 +13,11 @@ import re
 import ssl
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 import boto3.exceptions
@@ -318,6 +319,8 @@ def _answered(error: botocore.exceptions.ClientError, what: str, store: str, key
     if code in _RETRY_CODES or ((status in _RETRY_STATUS or status >= _OF_PROXIES) and code not in _MEND):
         return StoreUnavailable(said)
     mend = _LACKS if _HEADER.search(text) else _MEND.get(code, _OTHER)
+    if mend in (_REGION, _MEND["302"]):
+        mend = _elsewhere(meta.get("HTTPHeaders", {}), store) or mend
     if code == "AccessDenied" and "explicit deny" in text:
         mend = _DENIED
     if code == "RequestTimeTooSkewed":
@@ -325,6 +328,21 @@ def _answered(error: botocore.exceptions.ClientError, what: str, store: str, key
     if code.startswith("KMS.") or "kms:" in text:
         mend = _KMS_KEY
     return StoreRefused(f"{said}: {mend}")
+
+
+def _elsewhere(headers: Mapping[str, str], store: str) -> str:
+    """Where a server that answers by sending its callers on says to ask: S3 names the bucket's region, what stands
+    before a server another address of the same path, or a login. Empty where it does not say.
+    """
+    if region := headers.get("x-amz-bucket-region"):
+        return f"the bucket is in the region {region}: add ?region={region} to the address"
+    at = urlsplit(headers.get("location", ""))
+    if not at.netloc:
+        return ""
+    if urlsplit(store).netloc not in f"{at.netloc}/{at.path}".replace(".", "/").split("/"):
+        return _MEND["302"]
+    there = f"{at.scheme}://{at.netloc}"
+    return f"the endpoint sends its callers on to {there}: write that as the endpoint"
 
 
 _OTHER_NAME, _OTHER_TIME = (62, 63, 64), (9, 10)

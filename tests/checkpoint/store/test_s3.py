@@ -309,6 +309,19 @@ def test_a_proxy_that_changes_what_was_signed_is_told_beside_the_secret(server: 
         front.close()
 
 
+def test_an_endpoint_that_sends_its_callers_on_is_told_with_the_one_to_write(server: S3Server) -> None:
+    front = Front(server.endpoint)
+    front.mode = "moved"  # as http to https: a region was blamed
+    try:
+        with server.identity("trainer"):
+            store = open_store(server.url("x").replace(server.endpoint, front.api.removesuffix("/api")))
+        for ask in (lambda: store.create(KEY, b"x"), lambda: list(store.list("runs/")), lambda: store.get(KEY)):
+            with pytest.raises(StoreRefused, match=f"sends its callers on to {server.endpoint}: write that as the end"):
+                ask()
+    finally:
+        front.close()
+
+
 def test_clocks_that_are_apart_are_both_told(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     now = botocore.auth.get_current_datetime
     monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda *a, **k: now(*a, **k) - timedelta(hours=1))

@@ -177,6 +177,23 @@ def test_what_a_person_can_mend_is_told(status: int, code: str, message: str, sa
     assert says in str(error)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "headers", "says"),
+    [
+        (301, "PermanentRedirect", {"x-amz-bucket-region": "eu-central-1"}, "add ?region=eu-central-1 to the address"),
+        (301, "PermanentRedirect", {}, "in another region: add ?region=…"),
+        (307, "307", {"location": "https://login.example/oauth2?to=b"}, "is it a login page or a web console?"),
+        (308, "308", {"location": "https://b.s3.example:9000/k"}, "on to https://b.s3.example:9000: write that"),
+    ],
+)
+def test_a_server_that_sends_its_callers_on(status: int, code: str, headers: dict[str, str], says: str) -> None:
+    told = {"HTTPStatusCode": status, "HTTPHeaders": headers}
+    answer = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": told}
+    error = translate(botocore.exceptions.ClientError(answer, "GetObject"), "reading 'k'", "s3://b/p", "k")  # type: ignore[arg-type]
+    assert isinstance(error, StoreRefused)
+    assert says in str(error)
+
+
 def test_a_header_that_a_server_does_not_take_is_what_it_lacks() -> None:
     message = "Unsupported header 'x-amz-checksum-sha256' received for this API call."
     answer = {"Error": {"Code": "InvalidArgument", "Message": message}, "ResponseMetadata": {"HTTPStatusCode": 400}}
