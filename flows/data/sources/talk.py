@@ -97,11 +97,14 @@ class _Refused(TemplateError):
 
 
 class _Counted(CodeGenerator):
-    """Loops whose rounds are counted."""
+    """Loops whose rounds are counted, and texts joined (``~``) up to their bound."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
         node.iter = nodes.Call(nodes.EnvironmentAttribute("rounds"), [node.iter], [], None, None)
         super().visit_For(node, frame)
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.visit(nodes.Call(nodes.EnvironmentAttribute("joined"), node.nodes, [], None, None), frame)
 
 
 class _Generation(Extension):
@@ -119,10 +122,10 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with a bound of its steps and of what is made by multiplication."""
+    """Jinja's sandbox, with a bound of its steps and of what operators make."""
 
     code_generator_class = _Counted
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("+", "*", "**"))
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
@@ -147,6 +150,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             self._step()
             yield value
 
+    def joined(self, *parts: object) -> str:
+        """What ``~`` makes."""
+        texts = list(map(str, parts))
+        _check_length(sum(map(len, texts)))
+        return "".join(texts)
+
     def call(self, context: Context, function: Any, /, *args: Any, **named: Any) -> Any:
         self._step()
         return super().call(context, function, *args, **named)
@@ -154,10 +163,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not (abs(left) <= MAX_STEPS and abs(right) <= 8):
             raise SecurityError(f"it takes {left} ** {right}")
+        if operator == "+" and isinstance(left, str | list) and isinstance(right, str | list):
+            _check_length(len(left) + len(right))
         for one, many in ((left, right), (right, left)):
-            if operator == "*" and isinstance(one, str | list | tuple) and len(one) * many > MAX_TEXT:
-                raise SecurityError(f"it writes {many} times what has {len(one)} characters")
+            if operator == "*" and isinstance(one, str | list | tuple):
+                _check_length(len(one) * many)
         return super().call_binop(context, operator, left, right)
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_TEXT:
+        raise SecurityError(f"it makes {length:,} characters of one text, the limit is {MAX_TEXT:,}")
 
 
 def _refuse(words: str) -> None:

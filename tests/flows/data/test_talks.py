@@ -313,7 +313,15 @@ def test_where_the_template_is_from(here: Path, store: Store) -> None:
             "{% macro m(n) %}{{ m(n) if n else '' }}{{ m(n - 1) if n }}{% endmacro %}{{ m(99) }}",
             "RecursionError|rounds",
         ),
-        ("{{ 'abc' * 999999999 }}", "it writes 999999999 times what has 3 characters"),
+        ("{{ 'abc' * 999999999 }}", "it makes 2,999,999,997 characters of one text, the limit"),
+        (
+            "{% set x = namespace(a='ab') %}{% for i in range(99) %}{% set x.a = x.a + x.a %}{% endfor %}",
+            "it makes 33,5",
+        ),
+        (
+            "{% set x = namespace(a='ab') %}{% for i in range(99) %}{% set x.a = x.a ~ x.a %}{% endfor %}",
+            "it makes 33,5",
+        ),
         ("{{ 9 ** 9 ** 9 }}", r"it takes 9 \*\* "),
         ("{% for a in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "it writes more than 16,777,216 characters"),
         ("{{ lipsum() }}", "'lipsum' is undefined"),
