@@ -164,7 +164,7 @@ def digest(run: str, step: int | None, store: str | None, as_json: bool) -> int:
     name = find_run(opened, run)
     info, manifest = checkpoint_at(opened, name, step)
     if as_json:
-        show({"run": name, "step": info.step, "digest": manifest.state_digest.hex()})
+        show({"run": name, "step": info.step, "state_digest": manifest.state_digest.hex()})
     else:
         say(manifest.state_digest.hex())
     return 0

@@ -88,7 +88,7 @@ class LogLines(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        if not _speaks_json[0] and "KUBERNETES_SERVICE_HOST" not in os.environ:
+        if not terminal.speaks_json() and "KUBERNETES_SERVICE_HOST" not in os.environ:
             text = f"{record.levelname}: {record.getMessage()}"
             if record.exc_info:
                 text += f"\n{self.formatException(record.exc_info)}"
@@ -115,6 +115,10 @@ class _Lazy(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if not terminal.speaks_json():  # click begins a line of its own behind the terminal's ^C
+                raise
+            raise click.Abort from None
         except BrokenPipeError as error:  # of another program: our own output ends as OutputLost
             raise RuntimeError("a program that this command talks with left in the middle") from error
 
@@ -207,13 +211,17 @@ store_option = click.option(
 
 
 def _json_asked(_context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
-    _speaks_json[0] = value
+    terminal.speak_json(value)
     return value
 
 
-_speaks_json = [False]  # whether this command was asked for JSON: then what it says of itself is JSON too
 json_option = click.option(
-    "--json", "as_json", is_flag=True, is_eager=True, callback=_json_asked, help="Machine-readable output."
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_json_asked,
+    help="JSON on stdout; what else is said, errors too (exit_code), as lines of JSON on stderr.",
 )
 set_option = click.option(
     "--set",
@@ -284,23 +292,15 @@ def say(text: str) -> None:
 
 
 def complain(text: str, **more: Any) -> None:
-    """A line on stderr: of JSON where the command was asked for JSON."""
-    text = to_type(text)
-    line = {"event": "error", "text": text, **more}
-    terminal.tell(json.dumps(line, ensure_ascii=False) if _speaks_json[0] else text)
+    """An error, as a line on stderr: of JSON where the command was asked for JSON."""
+    terminal.tell(to_type(text), event="error", **more)
 
 
 def show(value: Any) -> None:
-    """JSON on stdout. Numbers that it has no word for (NaN, infinities) are texts."""
-    click.echo(json.dumps(_finite(value), indent=1, default=str, allow_nan=False))
+    """JSON on stdout. Numbers that it has no word for (NaN, infinities) are null."""
+    from flows.show.lines import plain
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(json.dumps(plain(value), indent=1, allow_nan=False))
 
 
 def keep_own_rights() -> None:
@@ -340,7 +340,8 @@ def _lack(error: BaseException) -> str | None:
 
 def exit_code_of(arguments: list[str] | None) -> int:
     """Run the command: exceptions of the packages become a message and an exit code."""
-    _speaks_json[0], _names_store[0] = False, ""
+    terminal.speak_json(False)
+    _names_store[0] = ""
     from checkpoint.errors import CheckpointError, Damaged
     from trainer.errors import TrainerError
 
@@ -350,11 +351,15 @@ def exit_code_of(arguments: list[str] | None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
+        if _asked_for_json(error, sys.argv[1:] if arguments is None else arguments):
+            terminal.speak_json(True)
+            complain(f"hotstage: {error.format_message()}", exit_code=error.exit_code)
+            return error.exit_code
         with contextlib.suppress(terminal.OutputLost):
             error.show()
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        terminal.tell("interrupted")
+        terminal.tell("interrupted", event="error", exit_code=130)
         return 130
     except terminal.OutputLost as error:
         return terminal.lost(error)
@@ -366,6 +371,14 @@ def exit_code_of(arguments: list[str] | None) -> int:
         if (lack := _lack(error)) is not None:
             complain(f"hotstage: {lack}", exit_code=78)
             return 78
-        terminal.tell(traceback.format_exc().rstrip())
-        terminal.tell("hotstage: internal error: this is a bug of hotstage; nothing in the store is lost by it")
+        terminal.tell(traceback.format_exc().rstrip(), event="trace")
+        bug = "internal error: this is a bug of hotstage; nothing in the store is lost by it"
+        complain(f"hotstage: {bug}", exit_code=70)
         return 70
+
+
+def _asked_for_json(error: click.ClickException, arguments: Sequence[str]) -> bool:
+    """Whether JSON was asked for of a command that has it, also where its words end before that was read."""
+    context = getattr(error, "ctx", None)
+    knows = context is not None and any(option.name == "as_json" for option in context.command.params)
+    return terminal.speaks_json() or (knows and "--json" in arguments)

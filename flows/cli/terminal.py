@@ -60,16 +60,17 @@ class _Out(io.FileIO):
                 raise found from error
             first, _work.lost = _work.lost is None, found
             if first and self.fileno() == 1:
-                tell(f"hotstage: {found}; the work goes on")
+                tell(f"hotstage: {found}; the work goes on", event="error")
             return len(data)
 
 
 @dataclass
 class _Work:
-    """``goes_on``: whatever happens to the output; ``lost``: what happened to it last."""
+    """``goes_on``: whatever happens to the output; ``lost``: what happened to it last; ``in_json``: what is told."""
 
     goes_on: bool = False
     lost: OutputLost | None = None
+    in_json: bool = False
 
 
 _work = _Work()
@@ -78,6 +79,15 @@ _work = _Work()
 def go_on() -> None:
     """From here on this process drives something: that does not end because its lines find a disk that is full."""
     _work.goes_on = True
+
+
+def speak_json(wanted: bool) -> None:
+    """Whether this command was asked for JSON: then each line that it tells is an object of JSON."""
+    _work.in_json = wanted
+
+
+def speaks_json() -> bool:
+    return _work.in_json
 
 
 def _is_device() -> bool:
@@ -142,7 +152,7 @@ def lost(error: OutputLost) -> int:
     """Say it where there is something to say, and let the interpreter end in peace; the exit code."""
     _silence(1)
     if str(error):
-        tell(f"hotstage: {error}")
+        tell(f"hotstage: {error}", event="error", exit_code=error.exit_code)
     return error.exit_code
 
 
@@ -151,8 +161,14 @@ def _silence(number: int) -> None:
         os.dup2(nothing.fileno(), number)
 
 
-def tell(text: str) -> None:
-    """A line on standard error, where that can be written; controls of a terminal are written as ``\\x1b``."""
+def tell(text: str, *, event: str = "line", **facts: Any) -> None:
+    """A line on standard error, where that can be written; controls of a terminal are written as ``\\x1b``. Of JSON
+    where that was asked for: then with what kind of line it is, and the facts.
+    """
+    if _work.in_json:
+        from flows.show.lines import json_line
+
+        text = json_line({"event": event, "text": text, **facts})
     try:
         sys.stderr.write(text.translate(_CONTROLS) + "\n")
         sys.stderr.flush()

@@ -71,7 +71,7 @@ def _watch(
     while True:
         rows = board.look()
         for row in rows:
-            news = (row.step, row.state, row.saved, row.scores)
+            news = (row.step, row.state, row.saved_step, row.scores)
             if told.get(row.run) != news:
                 told[row.run] = news
                 _tell(row, as_json)

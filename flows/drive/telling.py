@@ -197,5 +197,5 @@ class Teller:
             cls=cls,
         )
         said = "" if outcome == "superseded" else reason  # whoever runs the driver says that: it is why it leaves
-        self.tell("ended", outcome=outcome, reason=said, step=result.step, digest=result.state_digest)
+        self.tell("ended", outcome=outcome, reason=said, step=result.step, state_digest=result.state_digest)
         return result

@@ -120,7 +120,8 @@ class Lines:
                 if facts["text"]:
                     self.say((WARNS if facts.get("failed") else "") + facts["text"])
             case "ended":
-                digest = f", state digest {facts['digest'][:16]}…" if facts.get("digest") else ""
+                said = facts.get("state_digest")
+                digest = f", state digest {said[:16]}…" if said else ""
                 gave_up = facts["outcome"] == "gave_up"  # why: the command says it last, with the mend
                 reason = f" ({facts['reason']})" if facts.get("reason") and not gave_up else ""
                 self.say(f"{facts['outcome'].replace('_', ' ')}{reason}: step {facts['step']}{digest}")
@@ -173,15 +174,19 @@ class JsonLines:
 
 
 def json_line(value: Mapping[str, Any]) -> str:
-    """One line of JSON that every reader takes: numbers that JSON has no word for are null."""
-    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False)
+    """One line of JSON that every reader takes: numbers that JSON has no word for are null, and what is no text (of
+    names that are not in UTF-8) or moves a terminal is escaped.
+    """
+    line = json.dumps(plain(value), ensure_ascii=False, allow_nan=False)
+    return line if line.isprintable() else json.dumps(plain(value), allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON has it."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)

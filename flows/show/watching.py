@@ -41,9 +41,9 @@ class RunRow:
     step: int = 0
     steps: int = 0
     loss: float | None = None
-    rate: float = 0.0
+    tokens_per_s: float = 0.0
     left_s: float | None = None
-    saved: int = -1
+    saved_step: int = -1
     attempts: int = 0
     scores: tuple[tuple[str, float], ...] = ()
     evaluated: int = -1
@@ -109,9 +109,9 @@ class Watched:
             step=step,
             steps=steps,
             loss=line["loss"] if line is not None else None,
-            rate=line.get("tokens_per_s", 0.0) if line is not None else 0.0,
+            tokens_per_s=line.get("tokens_per_s", 0.0) if line is not None else 0.0,
             left_s=(steps - step) * seconds if seconds and word == "training" else None,
-            saved=newest.step if newest else -1,
+            saved_step=newest.step if newest else -1,
             attempts=len(state.attempts),
             scores=self._scores[1],
             evaluated=self._scores[0],
@@ -153,9 +153,9 @@ def row_line(row: RunRow) -> str:
     """A row as a line."""
     parts = [f"{row.run}  {row.state}  step {row.step}/{row.steps}"]
     parts += [f"loss {row.loss:.4f}"] if row.loss is not None else []
-    parts += [f"{row.rate:,.0f} tok/s"] if row.rate and row.state == "training" else []
+    parts += [f"{row.tokens_per_s:,.0f} tok/s"] if row.tokens_per_s and row.state == "training" else []
     parts += [f"ETA {clock(row.left_s)}"] if row.left_s is not None else []
-    parts += [f"saved {row.saved}" if row.saved >= 0 else "nothing saved"]
+    parts += [f"saved {row.saved_step}" if row.saved_step >= 0 else "nothing saved"]
     parts += [f"attempt {row.attempts}"]
     parts += [f"no step for {clock(row.quiet_s)}"] if row.state == "quiet" and row.quiet_s is not None else []
     parts += [f"{_name(name)} {value:.6g}" for name, value in row.scores]
@@ -176,9 +176,12 @@ def rows_table(rows: Iterable[RunRow], width: int = 120) -> Table:
         percent = f" {row.step / row.steps:.0%}" if row.steps else ""
         state = f"quiet {clock(row.quiet_s)}" if row.state == "quiet" and row.quiet_s is not None else row.state
         cells = [row.run, state, f"{row.step}/{row.steps}{percent}", "–" if row.loss is None else f"{row.loss:.4f}"]
-        cells.append(f"{row.rate:,.0f}" if row.rate and row.state == "training" else "–")
+        cells.append(f"{row.tokens_per_s:,.0f}" if row.tokens_per_s and row.state == "training" else "–")
         if wide:
-            cells += ["–" if row.left_s is None else clock(row.left_s), str(row.saved) if row.saved >= 0 else "–"]
+            cells += [
+                "–" if row.left_s is None else clock(row.left_s),
+                str(row.saved_step) if row.saved_step >= 0 else "–",
+            ]
             cells.append(str(row.attempts))
             cells.append("  ".join(f"{_name(name)} {value:.4g}" for name, value in row.scores[:3]))
         table.add_row(*cells)

@@ -73,7 +73,7 @@ def test_a_killed_rank_and_the_same_bits_as_in_a_folder(
         for path in files:
             assert secret.encode() not in path.read_bytes(), path
     told = json.loads(there.said("ckpt", "digest", run, "--json"))
-    assert told["digest"] == digest
+    assert told["state_digest"] == digest
     events = [json.loads(line).get("event") for line in there.said("logs", run).splitlines()]
     assert "end" in events
 

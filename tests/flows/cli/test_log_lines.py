@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from flows.cli import terminal
+
 main = importlib.import_module("flows.cli.main")  # flows.cli itself names its function main
 MESSAGES = ['a "quoted" name', "back\\slash", "two\nlines\r\tand a tab", "\x00\x1b[31m", "ümlaut … 漢字", "\ud83d half"]
 
@@ -30,7 +32,7 @@ def line_of(message: str) -> str:
 @pytest.mark.parametrize("pod", [False, True])
 @pytest.mark.parametrize("message", MESSAGES, ids=ascii)
 def test_a_line_is_json_for_a_program(message: str, pod: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "_speaks_json", [not pod])
+    monkeypatch.setattr(terminal, "_work", terminal._Work(in_json=not pod))
     if pod:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     told = json.loads(line_of(message))
@@ -40,7 +42,7 @@ def test_a_line_is_json_for_a_program(message: str, pod: bool, monkeypatch: pyte
 
 @pytest.mark.parametrize("message", MESSAGES, ids=ascii)
 def test_a_line_is_words_for_a_person(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "_speaks_json", [False])
+    monkeypatch.setattr(terminal, "_work", terminal._Work())
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     line = line_of(message)
     assert line.startswith("WARNING: said ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -315,6 +316,44 @@ def test_a_program_that_leaves_is_no_reader_that_has_gone(
     monkeypatch.setattr("flows.cli.spec.show", asks)
     assert exit_code_of(["schema"]) == 70
     assert "left in the middle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["runs", "ls", "--json", "--nonsense"], 2, "No such option"),
+        (["runs", "ls", "--state", "nonsense", "--json"], 2, "is not one of"),
+        (["ckpt", "digest", "--json"], 2, "Missing argument"),
+        (["runs", "ls", "--json", "--store", "s3://"], 78, "bucket"),
+        (["data", "prepare", "--json", "n\udcff\x7f\x9b.toml"], 78, "n\udcff\x7f\x9b.toml"),
+    ],
+)
+def test_what_goes_wrong_is_a_line_of_json_where_that_was_asked_for(
+    args: list[str], code: int, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(args) == code
+    out, err = capfd.readouterr()
+    told = json.loads(err)
+    assert (out, err.count("\n"), err.removesuffix("\n").isprintable()) == ("", 1, True)
+    assert (told["event"], told["exit_code"]) == ("error", code)
+    assert words in told["text"]
+
+
+def test_a_bug_and_an_interrupt_are_lines_of_json_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ends(error: BaseException) -> Any:
+        def raises(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("flows.drive.train.store_at", raises)
+        code = exit_code_of(["ckpt", "ls", "x", "--json"])
+        return code, [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+
+    code, lines = ends(ValueError("a bug"))
+    assert (code, [line["event"] for line in lines]) == (70, ["trace", "error"])
+    assert "ValueError: a bug" in lines[0]["text"]
+    assert ends(KeyboardInterrupt()) == (130, [{"event": "error", "text": "interrupted", "exit_code": 130}])
 
 
 def test_a_umask_keeps_from_others_and_not_from_oneself() -> None:

@@ -67,7 +67,7 @@ def test_a_phase_is_told_once_until_there_are_steps_again() -> None:
 
 def test_the_end_says_why_once() -> None:
     """Why a run gave up is long, and the command says it last, with the mend."""
-    facts = {"outcome": "gave_up", "reason": "config: " + "x" * 500, "step": 8, "digest": None}
+    facts = {"outcome": "gave_up", "reason": "config: " + "x" * 500, "step": 8, "state_digest": None}
     assert lines_of(Event("ended", facts)) == ["gave up: step 8"]
     assert lines_of(Event("ended", facts | {"outcome": "stopped", "reason": "state saved"})) == [
         "stopped (state saved): step 8"

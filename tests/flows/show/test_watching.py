@@ -34,7 +34,14 @@ def test_a_run_from_its_beginning_to_its_end() -> None:
     now = 1e9 + 10
     watched._looks = 0  # evaluations are looked for now and then
     row = watched.look()
-    assert (row.state, row.step, row.loss, row.rate, row.saved, row.attempts) == ("training", 8, 1.25, 1000.0, 5, 1)
+    assert (row.state, row.step, row.loss, row.tokens_per_s, row.saved_step, row.attempts) == (
+        "training",
+        8,
+        1.25,
+        1000.0,
+        5,
+        1,
+    )
     assert (row.scores, row.evaluated, row.quiet_s) == ((("validation/loss", 2.5),), 5, 2.0)
     assert row.left_s == (100 - 8) * 0.002
     now = 1e9 + 400
