@@ -102,6 +102,11 @@ def state_bytes(model: ModelSpec, optimizer: OptimizerSpec) -> int:
     return sum(4 * optimizer.kinds(tensor) * tensor.elements for tensor in table)
 
 
+def _of_parent(attempt: AttemptInfo) -> bool:
+    """Whether it begins from another run's checkpoint, as a fork's first one does."""
+    return bool(attempt.body["restore"].get("parent"))
+
+
 def details(store: Store, run: str) -> dict[str, Any]:
     """One run as `runs show` shows it; OtherVersion where a newer hotstage has gone on with it."""
     state = RunLog(store, run).fold().of_this_version()
@@ -129,7 +134,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
                 "attempt": number,
                 "epoch": a.epoch,
                 "step": a.step,
-                "from": "memory" if a.slots else "checkpoint" if a.checkpoint else "start",
+                "from": "memory" if a.slots else "checkpoint" if a.checkpoint or _of_parent(a) else "start",
                 "reason": a.reason,
                 "cause": (a.body.get("cause") or {}).get("text", ""),
                 "launch": a.launch,

@@ -30,6 +30,7 @@ from flows.drive.views import (
     Restore,
     StartAttempt,
 )
+from flows.show.facts import details
 from tests.checkpoint.samples import attempt_body, point_body
 from tests.flows.drive.decisions import POLICY, attempt, ended
 from tests.flows.drive.test_orders import Nodes, driven, small, state_of
@@ -365,6 +366,7 @@ def test_a_fork_takes_its_parents_amendments_along(small: tuple[Store, Prepared]
     driven(store, load_run(store, made.run), Nodes())
     (newest,) = RunLog(store, made.run).fold().attempts
     assert (newest.amendments, newest.step) == (state.amendments, 1)
+    assert [a["from"] for a in details(store, made.run)["attempts_list"]] == ["checkpoint"]
 
 
 def test_a_fork_goes_back_to_its_parent_only_where_that_is_still_there(small: tuple[Store, Prepared]) -> None:
