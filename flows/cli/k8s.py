@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from flows.cli import terminal
 from flows.cli.doctor import tell_checks
 from flows.cli.main import Number, SpecFile, json_option, of_spec, say, set_option, show, store_option, with_store
 
@@ -19,12 +20,15 @@ def k8s() -> None:
 
 
 def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, list[dict[str, Any]], str]:
+    from checkpoint.store import open_store
     from flows.drive.train import store_url
     from flows.show import foretell
     from k8s.render import render_launch
     from trainer.spec import load_spec
 
     url = store_url(store)
+    if url.lower().startswith("s3:"):
+        open_store(url)  # what is no address is refused here, not by pods; credentials in it would be in each of them
     plan, resolved, _ = foretell.compile_for(load_spec(spec, sets), store)
     run = f"{resolved.name}-{plan.config.what_digest.hex()[:6]}"
     return resolved, render_launch(resolved, plan, run=run, store_url=url), url
@@ -44,7 +48,7 @@ def render(spec: str, sets: tuple[str, ...], store: str | None, as_json: bool) -
     resolved, objects, _ = _objects(spec, sets, store)
     if not uses_fabric(resolved):
         text = f"launch.fabric = {resolved.launch.fabric!r} is rendered, not run: `k8s apply` and `train` refuse it"
-        click.echo(f"hotstage: {text}; {FABRIC_MEND.partition(';')[0]}", err=True)
+        terminal.tell(f"hotstage: {text}; {FABRIC_MEND.partition(';')[0]}")
     if as_json:
         show(objects)
     else:

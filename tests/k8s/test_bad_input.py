@@ -102,6 +102,17 @@ def test_an_object_of_the_same_name_made_by_someone_else(place: Place, server: A
     assert server.objects[JOBS_AT, name] == made
 
 
+def test_an_address_with_credentials_is_not_rendered(place: Place, server: ApiServer) -> None:
+    """They were in the arguments of each pod, for everybody who may look at pods."""
+    url = "s3://bucket/p?endpoint=http://me:a-secret@host"
+    for words in (("k8s", "render", "spec.toml", "--json"), ("k8s", "apply", "spec.toml", "--dry-run")):
+        done = place.here(*words, *SETS, "--store", url)
+        assert (done.code, done.out) == (REFUSED, "")
+        assert "an address holds no credentials" in done.err
+        assert "a-secret" not in done.err
+    assert not server.bodies
+
+
 def test_a_fabric_that_is_not_run_is_still_rendered(place: Place, server: ApiServer) -> None:
     fabric = ("--set", "launch.fabric=infiniband")
     done = place.here("k8s", "render", "spec.toml", *SETS, *fabric)
