@@ -166,7 +166,8 @@ class Masters:
                 self.file.write(bytes(-count % _ALIGN))
             self.file.flush()
         except BaseException as error:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what could not be written is tried once more, and the file closed
+                self.file.close()
             if isinstance(error, OSError):
                 size = sum(tensor.elements for tensor in manifest.tensors) * 4
                 raise LaunchError(

@@ -221,8 +221,11 @@ class Scene:
         runs = {
             name: (len(state.attempts), state.ended and state.ended.outcome) for name, state in self.states().items()
         }
-        said = Path(self.log.name).read_text(errors="replace").splitlines()[-60:]
+        said = Path(self.log.name).read_text(errors="replace").splitlines()
+        said = [line for line in said if not line.startswith("skipped ")][-60:]  # one in two seconds
+        open_ones = Api(self.server).flow_runs(state={"type": {"any_": list(OPEN_STATES)}})
         told = [
+            *(f"flow run {row['name']}: {row['state_type']}, of {row['infrastructure_pid']}" for row in open_ones),
             f"kills: {dict(self.campaign.kills)}",
             f"runs, attempts and ends: {runs}",
             f"they run: {self.place.left()}",

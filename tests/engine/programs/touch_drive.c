@@ -46,8 +46,8 @@ static hs_status act(hs_machine *m, const hs_plan *plan, const hs_plan_action *a
     if (a->kind == HS_A_RUN) return hs_linked_run(m->linked, a, why);
     uint8_t *const at =
         m->spaces.arena + hs_linked_offset(m->linked, &a->ref, a->slot, a->microbatch);
-    volatile uint8_t sum = 0;
-    for (uint64_t i = 0; i < a->ref.bytes && a->kind == HS_A_SEND; i++) sum ^= at[i];
+    for (uint64_t i = 0; i < a->ref.bytes && a->kind == HS_A_SEND; i++)
+        (void)*(volatile const uint8_t *)(at + i);
     for (uint64_t i = 0; i < a->ref.bytes && a->kind == HS_A_RECV; i++)
         at[i] = i % 4 == 3 ? 0x3c : i % 4 == 1 && plan->config->dtype != HS_F32 ? 0x3c : 1;
     return HS_OK;
