@@ -8,6 +8,8 @@ Prefect's own runner ends after three seconds without its server, and ends the f
   S4. A server that has lost its database is given the deployment again; one that a person took away ends the serving.
   S5. Nothing that this serving was to start is left planned when it ends: Prefect would call it Late for ever. What a
       killed one left is passed over by the next (F2).
+  S6. What the server answers to a start may be lost on the way: it is asked again, so that no flow run that it counts
+      as going on is nobody's.
 """
 
 from __future__ import annotations
@@ -78,6 +80,8 @@ class Server:
     _to_tell: bool = False
     _away: bool = False
     _ended: dict[UUID, tuple[str, float]] = field(default_factory=dict)
+    _taking: DueFiring | None = None
+    _unmarked: dict[UUID, str] = field(default_factory=dict)
     _told_to_end: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -120,6 +124,7 @@ class Server:
         if self._to_tell:
             self.registered(client, self._known.deployment)
             self._to_tell = False
+        self._go_on_starting(client)
         self._reap(client)
         self.left_open.look(client)
         due, more = served.due(self._known.deployment)
@@ -134,12 +139,35 @@ class Server:
             if self.policy.overlap == "queue" and self._is_before(served, firing):
                 return
             client.mark(str(firing.id), own_mark())  # until its own process says that it is that one's
-            if served.take(firing.id):
-                self._start(client, firing.id, firing.name)
+            self._taking = firing
+            taken = served.take(firing.id)
+            self._taking = None
+            if taken:
+                self._start(firing.id, firing.name)
+                self._mark_started(client)
             elif client.state_of(str(firing.id)) == "CANCELLED":  # for want of room; Prefect does not say who has it
                 older = ", ".join(served.names_going_on(self._known.deployment))
                 why = f"an older run of this schedule goes on: {older}"
                 self._skip(client, firing, f"{why}; where its process is gone for good, cancel that one on the page")
+
+    def _go_on_starting(self, client: Client) -> None:
+        """S6: where the server went away while a firing was started."""
+        self._mark_started(client)
+        firing, mark = self._taking, own_mark()
+        if firing is None:
+            return
+        with contextlib.suppress(Lost):
+            if client.state_of(str(firing.id)) == "PENDING" and client.mark_of(str(firing.id)) == mark:
+                self._start(firing.id, firing.name)
+        self._taking = None
+        self._mark_started(client)
+
+    def _mark_started(self, client: Client) -> None:
+        """Say whose the flow runs are; one whose process has ended meanwhile, so that it can be told as gone."""
+        for flow_run, mark in list(self._unmarked.items()):
+            with contextlib.suppress(Lost):
+                client.mark(str(flow_run), mark)
+            del self._unmarked[flow_run]
 
     def _skip(self, client: Client, firing: DueFiring, why: str) -> None:
         client.set_state(str(firing.id), "CANCELLED", "Cancelled", why)
@@ -213,7 +241,7 @@ class Server:
         self._known, self._to_tell = served.register(made), True
         self._known_at = time.monotonic()
 
-    def _start(self, client: Client, flow_run: UUID, name: str) -> None:
+    def _start(self, flow_run: UUID, name: str) -> None:
         env = {**os.environ, "PREFECT__FLOW_RUN_ID": str(flow_run), "PREFECT_LOGGING_LEVEL": "WARNING"}
         with contextlib.ExitStack() as stack:
             out, where = None, ""
@@ -229,8 +257,8 @@ class Server:
                 stderr=out,
                 start_new_session=True,
             )
+        self._unmarked[flow_run] = own_mark(self.children[flow_run].pid)
         self.say(f"started {name}{where}")
-        client.mark(str(flow_run), own_mark(self.children[flow_run].pid))
 
     def _reap(self, client: Client) -> None:
         """Where a run's process ended and Prefect was not told how, it is told that it crashed; not where somebody goes

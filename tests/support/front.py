@@ -16,12 +16,14 @@ _OWN = ("host", "connection", "accept-encoding")  # what is passed on is read as
 class Front:
     """``mode``: "pass", a number (the code of every answer), "hang", "html" (a gateway's page), "no server" (a proxy's
     own 404), or "moved" (301 to the server itself). ``asked`` counts; of ``busy_each`` answers one is 503 (0: none).
+    ``lost``: the end of a path; the next answer to it is lost on the way, and the answers after it are 503.
     """
 
     def __init__(self, target: str) -> None:
         parts = urlsplit(target)
         self.mode: str | int = "pass"
         self.asked = self.busy_each = 0
+        self.lost = ""
         self.released = threading.Event()
         front = self
 
@@ -48,6 +50,10 @@ class Front:
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in _OWN}
                 inner.request(self.command, self.path, body or None, headers)
                 reply = inner.getresponse()
+                if front.lost and self.path.endswith(front.lost):
+                    front.lost, front.mode = "", 503
+                    self.close_connection = True
+                    return None
                 kept = {k: v for k, v in reply.getheaders() if k.lower() in ("content-type", "location")}
                 self._answer(reply.status, kept, reply.read())
                 inner.close()

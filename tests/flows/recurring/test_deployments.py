@@ -167,6 +167,30 @@ def test_a_server_that_is_busy_now_and_then_starts_what_is_due(front: Front, the
     one.states_are("Pending")
 
 
+def test_a_server_that_goes_away_while_a_run_is_started(front: Front, there: Client, serve: Any) -> None:
+    """Its answer to the start is lost, and then it hears too late whose the flow run is. As nobody's, for ever, that
+    would keep the room of each that follows."""
+    with temporary_settings({PREFECT_API_URL: front.api}):
+        one, made = serve("lost")
+
+    def say(text: str) -> None:
+        one.said.append(text)
+        if text.startswith("started"):
+            front.mode = 503
+
+    one.server.say = say
+    front.lost = "/set_state"
+    fire(there, made, 1)
+    wait_for(lambda: any("Prefect is away" in text for text in one.said), "the answer to be lost", 60)
+    assert not one.server.children
+    front.mode, asked = "pass", front.asked
+    wait_for(lambda: one.server.children and front.mode == 503, "its start", 60)
+    wait_for(lambda: front.asked > asked + 20, "more requests than one is made again", 60)
+    one.kill_child()
+    front.mode = "pass"
+    one.states_are("Crashed")
+
+
 @pytest.mark.slow
 def test_overlap_queue_keeps_the_order(there: Client, serve: Any) -> None:
     one, made = serve("queues", FiringPolicy("queue"))
