@@ -116,6 +116,7 @@ extern "C" int hs_test_cuda(uint32_t path, uint32_t kernel, uint32_t dtype, void
     memcpy(args.real, reals, sizeof args.real);
     hs_cuda_ctx ctx = {};
     ctx.path = path;
+    ctx.processors = hs_test_processors;
     ctx.workspace = workspace(), ctx.workspace_bytes = HS_CUDA_WORKSPACE;
     return table->fn[kernel](&ctx, &args);
 }

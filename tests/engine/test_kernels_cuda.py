@@ -177,6 +177,33 @@ def test_denormal_numbers_of_bf16_products_are_zero(kernels: KernelLib, cuda: Cu
     assert theirs.tobytes() == ours.tobytes()
 
 
+# So many elements of bf16 that one processor looks them up.
+LOOKUP_CASES = [Case("gelu_fwd", (1 << 17,)), Case("gelu_igrad", (1 << 17,)), Case("swiglu_fwd", (2, 1 << 16))]
+
+
+@pytest.mark.parametrize("case", LOOKUP_CASES, ids=lambda case: case.kernel)
+def test_every_number_of_bf16_is_looked_up(kernels: KernelLib, cuda: CudaLib, case: Case) -> None:
+    """Each of the 65,536, times others of any size, some whose products are ties of rounding, and denormal ones."""
+    call = Call.make(kernels, case, wire.BF16)
+    numbers = np.arange(1 << 16, dtype=np.uint16)
+    x = call.inputs[2 if case.kernel == "gelu_igrad" else 1]
+    assert x is not None
+    mixed = np.random.default_rng(8).permutation(numbers)
+    for others in (mixed, mixed % 128 | 0x3F81, mixed % 32 | 0xBF60, mixed % 128 | 0x0001):
+        for operand in call.inputs:
+            if operand is not None:
+                operand.reshape(-1, numbers.size)[:] = others
+        x.reshape(-1, numbers.size)[0] = numbers
+        with np.errstate(all="ignore"):
+            got, want = call.run(cuda, "cuda")[0], call.run(kernels, kernels.sets[-1])[0]
+            assert got is not None
+            assert want is not None
+            assert any(file.endswith("lookup.h") for file, _, _ in cuda.sites())
+            nan = np.isnan(decode(want, wire.BF16))
+            assert np.array_equal(nan, np.isnan(decode(got, wire.BF16)))
+        assert got[~nan].tobytes() == want[~nan].tobytes()
+
+
 @pytest.mark.parametrize("dtype", [wire.F32, wire.BF16])
 def test_in_place(cuda: CudaLib, dtype: int) -> None:
     """What the table calls MAY_BE: the output on top of an input gives the same bits."""
@@ -318,9 +345,9 @@ Passed = dict[tuple[str, int, int], list[tuple[Call, str, list[bytes]]]]
 def passed(kernels: KernelLib, cuda: CudaLib) -> Passed:
     """By barrier, wait or warp operation the calls that pass it, with what they should write; the shortest first."""
     found: Passed = {}
-    for case in [*FAULT_CASES, *FLASH_FAULT_CASES]:
+    for case in [*FAULT_CASES, *FLASH_FAULT_CASES, *LOOKUP_CASES]:
         flash = case in FLASH_FAULT_CASES
-        call = Call.make(kernels, case, wire.BF16 if flash else wire.F32)
+        call = Call.make(kernels, case, wire.F32 if case in FAULT_CASES else wire.BF16)
         for path in (
             ("flash",)
             if flash

@@ -46,6 +46,9 @@ LARGE = [
     *attention_cases(1, 2048, 4, 4, 64, window=512),
     Case("classifier_grad", (32, 768, 50304, 16, 0), (1 / 32,), rel=1e-5),
     Case("gelu_fwd", (1024 * 3072,), rel=1e-6),
+    Case("gelu_fwd", (5 << 21,), rel=1e-6),  # so many are looked up
+    Case("gelu_igrad", (5 << 21,), rel=1e-6),
+    Case("swiglu_fwd", (640, 1 << 14), rel=1e-6),
     Case("swiglu_igrad", (512, 8192), rel=1e-6),
     Case("sumsq", (768 * 50304,), rel=1e-12, f32_only=True),
     Case("adamw", (768 * 3072, 1), (0.9, 0.95, 1e-8, 0.1), rel=1e-6),
