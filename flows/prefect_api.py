@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 from uuid import UUID, uuid4
 
 from flows.proxies import reach_directly
@@ -356,18 +356,20 @@ class Client:
             raise Slow(f"no answer at {self.url} within {TIMEOUT_S:.0f} s") from error
         except httpx.LocalProtocolError:  # what is sent does not hold; its words show the key
             raise Refused(_NO_HEADER) from None
-        except httpx.TransportError as error:
+        except (httpx.RequestError, httpx.InvalidURL) as error:  # also a loop of addresses, and one that is none
             what = str(error) or type(error).__name__
             raise Gone(f"no answer at {self.url}: {what}{_tls(what)}{self._moved_to()}") from error
         except ValueError as error:  # a gateway's page of HTML where JSON should be
             raise Gone(f"{self.url} does not answer as Prefect does: {str(error)[:120]}{self._moved_to()}") from error
 
     def _unknown(self, reply: httpx.Response | None) -> Gone:
-        """What a 404 stands for: Prefect says in JSON what it does not know, a proxy that has no server has words."""
+        """What a 404 stands for: Prefect says what it does not know, a proxy that has no server has words of its own,
+        of which some are JSON (Kong's).
+        """
         said: Any = None
         with contextlib.suppress(ValueError, AttributeError):
             said = reply.json()  # type: ignore[union-attr]
-        if reply is None or isinstance(said, dict):
+        if reply is None or (isinstance(said, dict) and said.keys() & {"detail", "exception_message"}):
             code = "" if reply is None else f"{reply.status_code}: "
             return Lost(f"{code}it does not know what it was told before{self._moved_to()}")
         return Gone(
@@ -378,7 +380,7 @@ class Client:
         if reply.has_redirect_location:
             asked = str(reply.request.url)
             first = self._moved[0] if self._moved and self._moved[1] == asked else asked
-            self._moved = first, str(reply.request.url.join(reply.headers["location"]))
+            self._moved = first, urljoin(asked, reply.headers["location"])
 
     def _moved_to(self) -> str:
         """The mend where requests are sent on to another address, which is followed: what is created there is only
@@ -387,6 +389,8 @@ class Client:
             return ""
         asked, told = (without_login(url).partition("?")[0] for url in self._moved)
         end = asked.removeprefix(self.url)
+        if told == asked:
+            return "; requests are sent on to the same address again: look at the proxy's rules for http and https"
         if told.endswith(end):
             return f"; requests are sent on to {told.removesuffix(end)}: set that as PREFECT_API_URL"
         return (
@@ -433,14 +437,15 @@ class Client:
         base = self.url.removesuffix("/api")
         if known and not known.startswith(base):
             return known  # Cloud, or PREFECT_UI_URL
-        prefix = ""
-        with contextlib.suppress(Exception):  # an older server has one page only
-            told = self.inner._client.get(f"{base}/ui-settings", timeout=2.0).json()
-            prefix = (told.get("v2_base_url") or "").rstrip("/") if told.get("default_ui") == "v2" else ""
-        below = urlsplit(base).path  # where the server serves its pages, or what a proxy takes away before it
-        if below and prefix.startswith(f"{below}/"):
-            prefix = prefix.removeprefix(below)
-        return f"{base}{prefix}/runs/flow-run/{flow_run}"
+        below = urlsplit(base).path  # where the server serves its pages, what a proxy takes away, or the API's alone
+        for root in dict.fromkeys((base, base.removesuffix(below))):
+            with contextlib.suppress(Exception):  # an older server has one page only
+                told = self.inner._client.get(f"{root}/ui-settings", timeout=2.0).json()
+                prefix = told["v2_base_url" if told["default_ui"] == "v2" else "v1_base_url"].rstrip("/")
+                if root == base and below and f"{prefix}/".startswith(f"{below}/"):
+                    prefix = prefix.removeprefix(below)
+                return f"{root}{prefix}/runs/flow-run/{flow_run}"
+        return f"{base}/runs/flow-run/{flow_run}"
 
     def has_flow_run(self, flow_run: str) -> bool:
         try:

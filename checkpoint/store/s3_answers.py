@@ -336,13 +336,19 @@ def _elsewhere(headers: Mapping[str, str], store: str) -> str:
     """
     if region := headers.get("x-amz-bucket-region"):
         return f"the bucket is in the region {region}: add ?region={region} to the address"
-    at = urlsplit(headers.get("location", ""))
-    if not at.netloc:
-        return ""
-    if urlsplit(store).netloc not in f"{at.netloc}/{at.path}".replace(".", "/").split("/"):
+    bucket = urlsplit(store).netloc
+    try:
+        at = urlsplit(headers.get("location", ""))
+    except ValueError:
         return _MEND["302"]
-    there = f"{at.scheme}://{at.netloc}"
-    return f"the endpoint sends its callers on to {there}: write that as the endpoint"
+    host = at.netloc.rpartition("@")[2]
+    if not host:
+        return ""
+    if not f"{at.path}/".startswith(f"/{bucket}/"):  # then it may stand in the host name
+        if not host.startswith(f"{bucket}."):
+            return _MEND["302"]
+        host = host.removeprefix(f"{bucket}.")
+    return f"the endpoint sends its callers on to {at.scheme or 'https'}://{host}: write that as the endpoint"
 
 
 _OTHER_NAME, _OTHER_TIME = (62, 63, 64), (9, 10)

@@ -269,7 +269,17 @@ def test_what_stands_before_a_server_is_not_taken_for_it(prefect: Api) -> None:
             with pytest.raises(Gone, match="answers 404 as Prefect does not: '404 page not found'") as gone:
                 client.has_flow_run(nobody)
             assert not isinstance(gone.value, Lost)
-            front.mode = "moved"
+            front.mode, front.message = 404, b'{"message": "no Route matched with those values"}'
+            with pytest.raises(Gone, match=r"answers 404 as Prefect does not: .*no Route matched") as gone:
+                client.has_flow_run(nobody)
+            assert not isinstance(gone.value, Lost), "Kong's words are JSON too"
+            front.mode, front.moves_to = "moved", front.api.removesuffix("/api")
+            with pytest.raises(Gone, match=r"redirects\.; requests are sent on to the same address again"):
+                client.check()
+            front.moves_to = "http://127.0.0.1:port"
+            with pytest.raises(Gone, match=r"Invalid port: .*; requests are sent on to http://127.0.0.1:port.*"):
+                client.check()
+            front.moves_to = prefect.server.api.removesuffix("/api")
             with pytest.raises(Refused, match=f"405.*; requests are sent on to {prefect.server.api}: set that as"):
                 client.check()
             assert not client.has_flow_run(nobody), "what is only asked for is followed"
@@ -282,20 +292,25 @@ def test_what_stands_before_a_server_is_not_taken_for_it(prefect: Api) -> None:
 
 
 @pytest.mark.parametrize(
-    ("api", "told", "page"),
+    ("api", "at", "told", "page"),
     [
-        ("/api", "/v2", "/v2"),
-        ("/prefect/api", "/prefect/v2", "/prefect/v2"),  # PREFECT_SERVER_UI_SERVE_BASE
-        ("/prefect/api", "/v2", "/prefect/v2"),  # a proxy takes it away
-        ("/api", "", ""),
+        ("/api", "", "/v2", "/v2"),
+        ("/prefect/api", "/prefect", "/prefect/v2", "/prefect/v2"),  # PREFECT_SERVER_UI_SERVE_BASE
+        ("/prefect/api", "/prefect", "/v2", "/prefect/v2"),  # a proxy takes it away
+        ("/prefect/api", "", "/v2", "/v2"),  # PREFECT_SERVER_API_BASE_PATH alone
+        ("/prefect/api", "", "", ""),
+        ("/prefect/api", "/elsewhere", "/elsewhere/v2", "/prefect"),
+        ("/api", "", "", ""),
     ],
 )
-def test_the_page_of_a_server_below_a_path(api: str, told: str, page: str) -> None:
+def test_the_page_of_a_server_below_a_path(api: str, at: str, told: str, page: str) -> None:
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.path == api.replace("/api", "/ui-settings") else 404)
+            found = self.path == f"{at}/ui-settings"
+            self.send_response(200 if found else 404)
             self.end_headers()
-            self.wfile.write(json.dumps({"default_ui": "v2" if told else "v1", "v2_base_url": told}).encode())
+            pages = {"default_ui": "v2" if told else "v1", "v1_base_url": at or "/", "v2_base_url": told or None}
+            self.wfile.write(json.dumps(pages if found else {"detail": "Not Found"}).encode())
 
         def log_message(self, format: str, *args: object) -> None:
             """Nothing to the terminal."""

@@ -15,13 +15,15 @@ _OWN = ("host", "connection", "accept-encoding")  # what is passed on is read as
 
 class Front:
     """``mode``: "pass", a number (the code of every answer), "hang", "html" (a gateway's page), "no server" (a proxy's
-    own 404), or "moved" (301 to the server itself). ``asked`` counts; of ``busy_each`` answers one is 503 (0: none).
-    ``lost``: the end of a path; the next answer to it is lost on the way, and the answers after it are 503.
+    own 404), or "moved" (301 to ``moves_to``, at first the server itself). ``message``: of what is a number. ``asked``
+    counts; of ``busy_each`` answers one is 503 (0: none). ``lost``: the end of a path; the next answer to it is lost on
+    the way, and the answers after it are 503.
     """
 
     def __init__(self, target: str) -> None:
         parts = urlsplit(target)
         self.mode: str | int = "pass"
+        self.moves_to, self.message = f"{parts.scheme}://{parts.netloc}", b'{"detail": "the door"}'
         self.asked = self.busy_each = 0
         self.lost = ""
         self.released = threading.Event()
@@ -43,9 +45,9 @@ class Front:
                 if mode == "no server":
                     return self._answer(404, {"content-type": "text/plain"}, b"404 page not found")
                 if mode == "moved":
-                    return self._answer(301, {"location": f"{parts.scheme}://{parts.netloc}{self.path}"}, b"")
+                    return self._answer(301, {"location": f"{front.moves_to}{self.path}"}, b"")
                 if isinstance(mode, int):
-                    return self._answer(mode, {"content-type": "application/json"}, b'{"detail": "the door"}')
+                    return self._answer(mode, {"content-type": "application/json"}, front.message)
                 inner = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
                 headers = {k: v for k, v in self.headers.items() if k.lower() not in _OWN}
                 inner.request(self.command, self.path, body or None, headers)

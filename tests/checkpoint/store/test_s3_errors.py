@@ -180,16 +180,19 @@ def test_what_a_person_can_mend_is_told(status: int, code: str, message: str, sa
 @pytest.mark.parametrize(
     ("status", "code", "headers", "says"),
     [
+        (308, "308", {"location": "https://user:pass@s3.example/my.b/k"}, "on to https://s3.example: write that"),
+        (307, "307", {"location": "https://my.bucket.example/sign-in/my.b"}, "is it a login page or a web console?"),
+        (307, "307", {"location": "https://[s3.example/my.b/k"}, "is it a login page or a web console?"),
         (301, "PermanentRedirect", {"x-amz-bucket-region": "eu-central-1"}, "add ?region=eu-central-1 to the address"),
         (301, "PermanentRedirect", {}, "in another region: add ?region=…"),
         (307, "307", {"location": "https://login.example/oauth2?to=b"}, "is it a login page or a web console?"),
-        (308, "308", {"location": "https://b.s3.example:9000/k"}, "on to https://b.s3.example:9000: write that"),
+        (308, "308", {"location": "https://my.b.s3.example:9000/k"}, "on to https://s3.example:9000: write that"),
     ],
 )
 def test_a_server_that_sends_its_callers_on(status: int, code: str, headers: dict[str, str], says: str) -> None:
     told = {"HTTPStatusCode": status, "HTTPHeaders": headers}
     answer = {"Error": {"Code": code, "Message": ""}, "ResponseMetadata": told}
-    error = translate(botocore.exceptions.ClientError(answer, "GetObject"), "reading 'k'", "s3://b/p", "k")  # type: ignore[arg-type]
+    error = translate(botocore.exceptions.ClientError(answer, "GetObject"), "reading 'k'", "s3://my.b/p", "k")  # type: ignore[arg-type]
     assert isinstance(error, StoreRefused)
     assert says in str(error)
 
