@@ -59,7 +59,7 @@ _ENGINE_ENV = re.compile(
 devices are seen, how its libraries behave.
 """
 _NAMES_FILE = re.compile(
-    r"(AWS_(SHARED_CREDENTIALS_FILE|CONFIG_FILE|CA_BUNDLE|\w+_TOKEN_FILE)|(SSL|REQUESTS|CURL)_\w+)\Z"
+    r"(AWS_(SHARED_CREDENTIALS_FILE|CONFIG_FILE|\w+_TOKEN_FILE)|(AWS|REQUESTS|CURL)_CA_BUNDLE|SSL_CERT_(FILE|DIR))\Z"
 )
 """Of what names a file for a store's client: relative to where the command works, and the agent works elsewhere."""
 _TAIL_BYTES = 2000
