@@ -94,6 +94,7 @@ class Collected:
     unknowns: int = 0
     refused: str = ""
     more: bool = False  # a limit was met: the next pass goes on
+    versions: bool = False  # the store keeps what was deleted, as old versions
     now: float | None = None  # by the store's clock
 
     @property
@@ -389,7 +390,7 @@ class _Pass:
         if self.report.dry_run:
             return
         log.info("run %s: deleting %d objects, %s first", self.name, len(found), found[0].key)
-        delete_all(self.store, [info.key for info in found])
+        self.report.versions |= delete_all(self.store, [info.key for info in found])
 
     # --- what a pass leaves -------------------------------------------------------------------------------
 
@@ -409,17 +410,16 @@ class _Pass:
         self.store.put(keys.collected_key(self.name), codec.pack_hint(value))
 
 
-def delete_all(store: Store, names: Iterable[str]) -> None:
-    """Where a request takes its time, several at once; the first one is gone before the others go."""
+def delete_all(store: Store, names: Iterable[str]) -> bool:
+    """Where a request takes its time, several at once; the first one is gone before the others go. Whether the store
+    keeps any as an old version.
+    """
     first, *rest = list(names)
-    store.delete(first)
+    kept = store.delete(first)
     if store.pace.look_s < 0.1:
-        for key in rest:
-            store.delete(key)
-        return
+        return any([kept, *map(store.delete, rest)])
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="collect") as pool:
-        for done in [pool.submit(store.delete, key) for key in rest]:
-            done.result()
+        return any([kept, *pool.map(store.delete, rest)])
 
 
 def _abandoned(known: RunState, point: Point) -> tuple[str, Mapping[str, Any]] | None:

@@ -137,8 +137,10 @@ class Store(Protocol):
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         """Objects whose key starts with the prefix and sorts after ``start_after``, in byte order of their keys."""
 
-    def delete(self, key: str) -> None:
-        """Remove the object; no error where there is none. Only the collector's identity may."""
+    def delete(self, key: str) -> bool:
+        """Remove the object; no error where there is none. Only the collector's identity may. Whether its bytes stay
+        all the same, as an old version.
+        """
 
     def local_path(self, key: str) -> Path | None:
         """Where the object's bytes lie as a file on this machine, if they do; read only."""

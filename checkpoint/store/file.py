@@ -330,12 +330,12 @@ class FileStore:
                 if info is not None:  # gone meanwhile
                     yield info
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str) -> bool:
         path = self._path(key)
         try:
             os.unlink(path)
         except (FileNotFoundError, NotADirectoryError):
-            return
+            return False
         except OSError as error:
             raise translate(error, f"deleting {key!r}", self.root) from error
         for parent in path.parents:  # folders are not objects: empty ones go; a creator makes them anew
@@ -345,6 +345,7 @@ class FileStore:
                 os.rmdir(parent)
             except OSError:
                 break
+        return False
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)

@@ -97,11 +97,12 @@ class MemoryStore:
             found = [Info(k, len(self._objects[k]), self._written[k]) for k in names]
         yield from found
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str) -> bool:
         check_key(key)
         with self._lock:
             self._objects.pop(key, None)
             self._written.pop(key, None)
+        return False
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)

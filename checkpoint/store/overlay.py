@@ -88,8 +88,8 @@ class OverlayStore:
             raise StoreRefused(f"{prefix!r} is in two stores here: list the objects of one run, or of data")
         return self.back.list(prefix, start_after)
 
-    def delete(self, key: str) -> None:
-        self._to(key).delete(key)
+    def delete(self, key: str) -> bool:
+        return self._to(key).delete(key)
 
     def local_path(self, key: str) -> Path | None:
         return self._of(key).local_path(key)

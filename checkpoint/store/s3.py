@@ -238,14 +238,15 @@ class S3Store:
             if key > start_after and all(map(is_name, key.split("/"))):  # no folder's mark, no copy of a tool
                 yield Info(key, int(entry["Size"]), _when(entry))
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str) -> bool:
         check_key(key)
         try:
-            self._retry.run(
+            answer = self._retry.run(
                 f"deleting {key!r}", lambda: self._ask("delete_object", f"deleting {key!r}", key, Key=self._root + key)
             )
         except NotFound:
-            return
+            return False
+        return bool(answer.get("DeleteMarker")) and answer.get("VersionId") != "null"  # that: versions are suspended
 
     def local_path(self, key: str) -> Path | None:
         check_key(key)

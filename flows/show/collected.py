@@ -31,6 +31,8 @@ def collected_lines(done: Collected | NotCollected) -> list[str]:
         lines.append(f"  {would}given up: step {steps}, of which only a part was ever stored")
     for swept, what in ((done.deleted, f"{would}deleted"), (done.waiting, "waiting")):
         lines += _swept(swept, what)
+    if done.versions:
+        lines.append("  the bucket keeps old versions of that: they take room until a lifecycle rule ends them")
     if done.unknowns:
         lines.append(f"  left alone, names that hotstage does not know: {_some(done.unknown, done.unknowns)}")
     if done.more:
@@ -84,6 +86,7 @@ def collected_map(done: Collected) -> dict[str, Any]:
         "unknowns": done.unknowns,
         "refused": done.refused,
         "more": done.more,
+        "versions": done.versions,
         "objects": done.objects,
         "bytes": done.bytes,
     }

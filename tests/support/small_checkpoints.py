@@ -72,8 +72,8 @@ class Watched(MemoryStore):
         found: list[Info] = self._told("list", prefix, lambda: list(MemoryStore.list(self, prefix, start_after)))
         return iter(found)
 
-    def delete(self, key: str) -> None:
-        self._told("delete", key, lambda: MemoryStore.delete(self, key))
+    def delete(self, key: str) -> bool:
+        return bool(self._told("delete", key, lambda: MemoryStore.delete(self, key)))
 
 
 def upload(store: Store, run: str, step: int, epoch: int, node: int, nodes: int, incarnation: str = "i1") -> None:

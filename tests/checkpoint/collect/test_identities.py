@@ -11,17 +11,20 @@ import pytest
 
 from checkpoint import keys
 from checkpoint.agent.commit import commit
-from checkpoint.collect.collector import collect
+from checkpoint.collect.collector import Collected, collect
 from checkpoint.collect.pins import pin, unpin
 from checkpoint.errors import StoreRefused
 from checkpoint.log import RunLog
 from checkpoint.probe import ensure_probed
 from checkpoint.store import Store, open_store
+from checkpoint.store.s3 import S3Store
+from checkpoint.store.s3_address import open_s3
 from checkpoint.verify import verify_run
 from flows.drive.begin import prepare_run
 from flows.drive.line import parent_of
+from flows.show.collected import collected_lines
 from tests.reference.golden import FOLDER
-from tests.support.s3_server import POLICIES, ROLES, S3Server
+from tests.support.s3_server import BUCKET, POLICIES, ROLES, S3Server
 from tests.support.small_checkpoints import RUN, begin, names, upload
 from tests.support.wait import wait_for
 from trainer.models import family
@@ -128,6 +131,27 @@ def test_a_checkpoints_life_under_three_identities(stores: dict[str, Store]) -> 
 
     wait_for(gone, "step 10 and 20 to be gone")
     assert set(collector.fold().buried) == {2, 3}
+
+
+def test_what_a_bucket_with_versions_keeps_is_told(server: S3Server) -> None:
+    with server.identity("root"):
+        plain, store = open_s3(server.url("told")), open_s3(server.url("told").replace(f"/{BUCKET}/", "/versions/"))
+    store.client.create_bucket(Bucket="versions")
+    store.client.put_bucket_versioning(Bucket="versions", VersioningConfiguration={"Status": "Enabled"})
+    for at, keeps in ((plain, False), (store, True)):
+        log = RunLog(at, RUN)
+        upload(at, RUN, 10, begin(log, log.fold()).epoch, 0, 2)
+        begin(log, log.fold())  # what that attempt left half written goes
+        found: list[Collected] = []
+
+        def done(at: S3Store = at, found: list[Collected] = found) -> bool:
+            found.append(collect(at, RUN, grace_s=0.0))
+            return bool(found[-1].deleted)
+
+        wait_for(done, "the half of step 10 to go")
+        assert found[-1].versions == keeps
+        assert any("keeps old versions" in line for line in collected_lines(found[-1])) == keeps
+        assert not names(at, RUN, "chunks/", "manifests/")
 
 
 def test_a_driver_stores_weights_that_a_run_begins_from(stores: dict[str, Store]) -> None:

@@ -126,13 +126,14 @@ class Gate:
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         return iter(self._ask("list", prefix, lambda: list(self.place.shared.list(prefix, start_after))))
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str) -> bool:
         def call() -> None:
             if key in self.place.shared._objects:
                 self.place.shared.delete(key)
                 self.place.deleted(key)
 
         self._ask("delete", key, call)
+        return False
 
     def local_path(self, key: str) -> None:
         return None

@@ -130,8 +130,9 @@ class Line:
     def list(self, prefix: str, start_after: str = "") -> Iterator[Info]:
         return iter([Info(*found) for found in self._ask("list", prefix, start_after)])
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str) -> bool:
         self._ask("delete", key)
+        return False
 
     def local_path(self, key: str) -> None:
         return None
