@@ -91,7 +91,7 @@ def _wish(
     return Wish(rollback_to, skip, lr_scale, from_step, steps)
 
 
-STATES = ("planned", "open", "succeeded", "gave up", "cancelled", "parked", "unreadable")
+STATES = ("planned", "open", "succeeded", "gave up", "cancelled", "parked", "unreadable", "gone")
 
 
 class Since(click.ParamType[float]):

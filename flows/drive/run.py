@@ -312,12 +312,19 @@ def readable(store: Store, run: str) -> RunState:
     return state
 
 
+def is_gone(store: Store, run: str, state: RunState) -> bool:
+    """Whether nothing of it is there but its name in the index: somebody has removed its folder."""
+    return not state.n and state.unreadable is None and store.head(spec_key(run)) is None
+
+
 def load_what(store: Store, run: str) -> dict[str, Any]:
     """The What of a run as it was written at its birth."""
     try:
         what = unpack(store.get(spec_key(run), max_bytes=SPEC_CAP), f"spec of {run}", max_bytes=SPEC_CAP)
     except NotFound:
-        raise SpecError(f"run {run} has no spec in {store.describe()}") from None
+        raise SpecError(
+            f"run {run} has no spec in {store.describe()}: where runs/{run}/ was removed, remove {index_key(run)} too"
+        ) from None
     if not isinstance(what, dict):
         raise Damaged(f"the spec of run {run} is not a map")
     return what

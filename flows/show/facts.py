@@ -19,7 +19,7 @@ from flows.drive.live import load_curve, on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.persons import founder
 from flows.drive.replays import Kept
-from flows.drive.run import find_run, load_what, opened_again, read_run, ruling_how
+from flows.drive.run import find_run, is_gone, load_what, opened_again, read_run, ruling_how
 from flows.drive.scores import line_evaluations, score_table
 from flows.drive.telling import PARKED
 from flows.drive.train import store_at
@@ -41,6 +41,7 @@ from trainer.spec_layouts import layout_words, same_layout
 TRACE_CAP = 64 << 20
 _NO_TIME = ("vocab", "steps", "seed", "optimizer", "schedule", "max_batch_tokens")
 """Keys of a model and its training that change no time, or that a spec without its data does not know."""
+GONE = "gone"
 TRACED = 8
 AT_ONCE = 16
 EVALUATIONS_SHOWN = 10
@@ -82,7 +83,7 @@ def summary(store: Store, run: str, state: RunState | None = None) -> dict[str, 
         steps = 0
     return {
         "run": run,
-        "state": state_word(state),
+        "state": GONE if is_gone(store, run, state) else state_word(state),
         "saved_step": newest[0].step if newest else 0,
         "steps": steps,
         "attempts": len(state.attempts),

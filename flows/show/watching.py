@@ -19,9 +19,9 @@ from checkpoint.store import Store
 from flows.drive.hints import step_line
 from flows.drive.line import ordered_back
 from flows.drive.live import MetricsReader
-from flows.drive.run import load_what
+from flows.drive.run import is_gone, load_what
 from flows.drive.scores import line_evaluations
-from flows.show.facts import state_word
+from flows.show.facts import GONE, state_word
 from trainer.amounts import clock
 from trainer.errors import TrainerError
 
@@ -75,6 +75,8 @@ class Watched:
     def look(self) -> RunRow:
         state = self._state = self._log.fold(self._state, quick=True)
         if not self._steps:
+            if is_gone(self.store, self.run, state):
+                return RunRow(self.run, GONE)
             self._steps = int(load_what(self.store, self.run)["train"]["steps"])
         epochs = [attempt.epoch for attempt in state.attempts[-2:]]
         back = ordered_back(state)
@@ -140,6 +142,8 @@ class WatchedRuns:
                 row = watched.look()
             except (CheckpointError, TrainerError):
                 row = RunRow(name, "unreadable")
+            if self.only_open and row.state == GONE:
+                continue  # it may begin anew
             if self.only_open and row.ended:
                 self._ended.add(name)
                 self._watched.pop(name)

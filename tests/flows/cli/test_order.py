@@ -65,8 +65,10 @@ def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path, caplog: pytest.L
         shutil.copy(store / "index" / run, store / "index" / other)
     (store / "runs" / unread / f"log/{1:020}").write_bytes(b"no record")
     shutil.copy(store / "index" / run, store / "index" / f"{run}_copy")
+    shutil.copy(store / "index" / run, store / "index" / "removed-cccccc")  # by hand, and its name was left
     unreadable = {unread: ("unreadable", STEPS)}
-    assert rows() == {**before, "no-spec-aaaaaa": ("succeeded", 0), **unreadable}
+    assert rows() == {**before, "no-spec-aaaaaa": ("succeeded", 0), "removed-cccccc": ("gone", 0), **unreadable}
+    assert outcome(["runs", "show", "removed-cccccc", "--store", copy.url])[0] == 78
     assert rows("--state", "unreadable") == unreadable
     caplog.clear()
     for words in ((), ("--json",)):

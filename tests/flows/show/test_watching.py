@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from checkpoint import codec
-from checkpoint.keys import spec_key
+from checkpoint.keys import log_key, spec_key
 from checkpoint.log import ended_body
 from flows.show.watching import RunRow, Watched, WatchedRuns, row_line, rows_table
 from tests.flows.conftest import Trained
@@ -62,12 +62,14 @@ def test_of_a_store_those_that_are_open() -> None:
     made = world()
     made.attempt()
     made.steps(1, 2)
-    board = WatchedRuns(made.store, lambda: [RUN, "no-such-run"], only_open=True)
-    assert [row.run for row in board.look()] == [RUN, "no-such-run"]
+    made.store.create(log_key("unread", 1), b"no record")
+    board = WatchedRuns(made.store, lambda: [RUN, "removed", "unread"], only_open=True)
+    assert [row.run for row in board.look()] == [RUN, "unread"]
     assert board.look()[1].state == "unreadable"  # it is shown, and the other one is watched all the same
     made.log.append("ended", ended_body(made.log.fold(), "gave_up", "why"), made.log.fold())
     assert board.look()[0].state == "gave up"  # once more, so that its end is seen
-    assert [row.run for row in board.look()] == ["no-such-run"]
+    assert [row.run for row in board.look()] == ["unread"]
+    assert Watched(made.store, "removed").look().ended
 
 
 def test_as_a_table_and_as_a_line() -> None:
