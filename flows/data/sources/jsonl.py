@@ -40,7 +40,8 @@ class JsonSource:
     def __init__(
         self, source: str, field: str, prompt: str | None, whole: bool, talk: TalkReader | None = None
     ) -> None:
-        self._source, self._field, self._prompt, self._whole, self._talk = source, field, prompt, whole, talk
+        self._source, self._prompt, self._whole, self._talk = source, prompt, whole, talk
+        self._key = _Key(field) if talk is None else _Key(talk.key, True)
 
     def look(self) -> list[Entry]:
         return look_at_files(self._source)
@@ -64,19 +65,18 @@ class JsonSource:
                     ) from error
                 if not text.strip():
                     continue
+                record = _record(text, where, self._key)
                 if self._talk is None:
-                    yield self._document(text, where, borne)
+                    yield self._document(record, text, where, borne)
                 else:
-                    record = _record(text, where, _Key(self._talk.key, True))
                     yield from self._talk.documents(record, where, borne, self._whole)
+                self._key.seen = True
 
-    def _document(self, line: str, where: _Place, borne: Borne) -> Document:
-        field = self._field
-        value = _record(line, where, key := _Key(field))
-        text = value.pop(field)
+    def _document(self, value: dict[str, Any], line: str, where: _Place, borne: Borne) -> Document:
+        text = value.pop(self._key.name)
         if not isinstance(text, str):
             talk = f"; a conversation: {A_TALK}" if is_talk(text) else ""
-            raise _no_object(where, f"its {field} is {_kind(text)}{talk}", key)
+            raise _no_object(where, f"its {self._key.name} is {_kind(text)}{talk}", self._key)
         prompt = None
         if self._prompt is not None:
             prompt = self._prompt_of(value, line, where, borne)
@@ -97,12 +97,14 @@ class JsonSource:
         return whole_pairs(prompt, where, borne)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Key:
     """Of a line's text, or of its conversation."""
 
     name: str
     talk: bool = False
+    seen: bool = False
+    """A line before has one: the key is right, and what has none is not."""
 
 
 def _record(line: str, where: Callable[[], str], key: _Key) -> dict[str, Any]:
@@ -176,6 +178,8 @@ def _lines(file: Opened, entry: Entry, first: int, last: int) -> Iterator[tuple[
 
 def _proposed(value: dict[str, Any], wanted: _Key) -> str:
     """What is probably meant where an object has no text, or conversation, under the key."""
+    if wanted.seen:
+        return ""
     talks = [key for key in TALKS if isinstance(value.get(key), list)]
     if wanted.talk:
         return f'; data.messages = "{talks[0]}" is probably meant' if talks else ""
@@ -240,6 +244,8 @@ def _no_object(where: Callable[[], str], why: str, field: _Key) -> DatasetError:
     mend = "name the key of its text (data.field), or use text:GLOB"
     if field.talk:
         mend = "or name the key of its conversation (data.messages)"
+    if field.seen:
+        mend = "or leave it out"
     return DatasetError(f'{where()} is no JSON object with a "{field.name}" ({why}); mend the line, {mend}')
 
 

@@ -55,6 +55,7 @@ class ParquetSource:
         talk: TalkReader | None = None,
     ) -> None:
         self._source, self._field, self._prompt, self._more, self._talk = source, field, prompt, more, talk
+        self._seen: set[str] = set()  # columns that a file before has
         optional_module("pyarrow.parquet", "pyarrow", "parquet:")
 
     def look(self) -> list[Entry]:
@@ -100,6 +101,12 @@ class ParquetSource:
     def _check(self, table: Any, entry: Entry, field: str) -> None:
         schema, key = table.schema_arrow, "data.prompt_field" if field == self._prompt else "data.field"
         if field not in schema.names:
+            if field in self._seen:
+                shown = ", ".join(map(repr, schema.names[:8])) or "none"
+                raise DatasetError(
+                    f"{entry.name} has no column {field!r}, as the files before it have; its columns are {shown}: "
+                    "name it so there, or leave the file out of data.source"
+                )
             mine = (self._field, self._prompt)
             texts = [name for name in schema.names if name not in mine and _is_text(schema.field(name).type)]
             raise DatasetError(_no_column(entry.name, field, schema.names, texts, key))
@@ -114,6 +121,7 @@ class ParquetSource:
                 else _cast(kind, entry.name)
             )
             raise DatasetError(f"{entry.name}: its column {field!r} is of type {kind}, not of text{mend}")
+        self._seen.add(field)
 
     def _check_talk(self, table: Any, entry: Entry, key: str) -> None:
         schema = table.schema_arrow

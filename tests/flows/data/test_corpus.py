@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from checkpoint.store import Store, open_store
@@ -313,11 +315,24 @@ def test_json_that_is_odd_and_right(
     ids=lambda value: value[:24],
 )
 def test_json_that_has_no_text_is_refused_with_file_line_and_reason(here: Path, line: str, words: str) -> None:
-    Path("a.jsonl").write_text('{"text": "first"}\r\n\r\n' + line)
+    Path("a.jsonl").write_text("\n\r\n" + line)
     with pytest.raises(DatasetError, match=rf"(?s)a.jsonl:3 is no JSON object .*{words}.*mend the line") as caught:
         texts("jsonl:a.jsonl")
     str(caught.value).encode()
     assert len(str(caught.value)) < 400
+
+
+def test_one_that_is_unlike_those_before_it_is_not_told_to_rename_them(here: Path) -> None:
+    """Whoever followed the proposal would be refused at the first line, or file, then."""
+    Path("a.jsonl").write_text('{"text": "first"}\n{"content": "odd"}\n')
+    with pytest.raises(DatasetError, match=r"a.jsonl:2 .*\(its keys are 'content'\); mend the line, or leave it out$"):
+        texts("jsonl:a.jsonl")
+    for name, key in (("a", "text"), ("b", "content")):
+        pyarrow.parquet.write_table(pyarrow.table({key: ["x"]}), f"{name}.parquet")
+    with pytest.raises(
+        DatasetError, match=r"b.parquet has no column 'text', as the files before it have; .* 'content'"
+    ):
+        texts("parquet:*.parquet")
 
 
 # --- words without an end -----------------------------------------------------------------------------------
