@@ -243,8 +243,10 @@ class _Preparation:
             del settings["prompt_field"]  # keys that came when corpora were known already
         if not self.spec.begin_token:
             del settings["begin_token"]
-        if self.spec.messages is None:
+        if self.form is None:
             del settings["messages"]
+        else:
+            settings["jinja2"] = version("jinja2")
         settings |= self._mask_settings()
         h.update(json.dumps(settings, sort_keys=True).encode())
         h.update(self.given.digest if self.given else b"train")

@@ -180,11 +180,15 @@ class Borne:
             "counts in a document of its own, which ends with it"
         )
         self.unanswered = Warnings("left out: a conversation without an answer that counts")
+        self.cut = Warnings(
+            "the chat template leaves out a part of an answer, or what was thought before it, and nothing of that is "
+            "learned: name one that writes it (data.chat_template)"
+        )
 
     def of(self) -> tuple[Warnings, ...]:
         return (
             *(self.bytes, self.halves, self.skipped, self.beside),
-            *(self.marks, self.rewritten, self.unanswered),
+            *(self.marks, self.rewritten, self.unanswered, self.cut),
         )
 
     def to_map(self) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ BEGIN, END = "\ufdd0", "\ufdd1"
 """Around an answer while a template is at work: two of the codes that Unicode keeps free of characters."""
 _ROLES = {"human": "user", "gpt": "assistant"}
 _KNOWN = ("system", "developer", "user", "assistant")
+_SAID = ("role", "content", "from", "value")
 _THOUGHT = ("reasoning_content", "thinking", "reasoning")
 """Names under which records have what was thought before an answer; templates read the first or the second."""
 _NOT_READ = ("tools", "functions", "images", "image", "videos", "audios", "documents")
@@ -262,6 +263,8 @@ class TalkReader:
         found = False
         for number, (text, spans) in enumerate(talk_texts(self.form, messages, where)):
             found = True
+            if number == 0 and _cut(messages, text):
+                borne.cut.add(where)
             if number == 1:
                 borne.rewritten.add(where)
             yield Document(where, whole_pairs(text, where, borne), record if whole else {}, counted=spans)
@@ -291,11 +294,12 @@ def read_messages(value: object, key: str, where: Callable[[], str]) -> list[dic
         if not isinstance(one, Mapping):
             raise refused(f"has as message {number} {'null' if one is None else type(one).__name__}")
         said = {str(name): item for name, item in one.items() if item is not None}
+        pair = ("from", "value") if "from" in said else ("role", "content")
+        role, content = (said.get(name) for name in pair)
+        said = {name: item for name, item in said.items() if name not in _SAID}
         for name in _NOT_SAID:
             if said.get(name):
                 raise refused(f"has {name!r} in message {number}, and neither tools nor pictures are read")
-        pair = ("from", "value") if "from" in said else ("role", "content")
-        role, content = (said.pop(name, None) for name in pair)
         if not isinstance(role, str) or (mapped := _ROLES.get(role, role)) not in _KNOWN:
             raise refused(
                 f"has in message {number} as {pair[0]!r} {shown(role)}: known are {', '.join((*_KNOWN, *_ROLES))}"
@@ -307,8 +311,10 @@ def read_messages(value: object, key: str, where: Callable[[], str]) -> list[dic
             raise refused(f"has in message {number} no text under {pair[1]!r} ({kind})")
         if said.get("weight", 1) not in (0, 1):
             raise refused(f"has in message {number} the weight {shown(said['weight'])}: it may be 0 or 1")
-        if (thought := next((said[name] for name in _THOUGHT if name in said), None)) is not None:
-            said = {"thinking": thought, **said, "reasoning_content": thought}
+        if thought := next((said[name] for name in _THOUGHT if said.get(name)), ""):
+            if not isinstance(thought, str):
+                raise refused(f"has in message {number} thoughts that are no text ({type(thought).__name__})")
+            said |= {name: said.get(name) or thought for name in _THOUGHT[:2]}
         messages.append({"role": mapped, "content": content, **said})
         if any(BEGIN in text or END in text for text in _texts(messages[-1:])):
             raise refused(f"holds U+FDD0 or U+FDD1 in message {number}, which are no characters")
@@ -353,10 +359,11 @@ def talk_texts(form: ChatForm, messages: Sequence[Message], where: Callable[[], 
     turns = {n: _turn(form, messages, n, where) for n in wanted}
     while wanted:
         last = wanted[-1]
-        text = _checked_ends(form, messages, written(form, messages[: last + 1], where), where)
-        here = [n for n in wanted if n == last or turns[n].begins(text)]
-        yield text, tuple((turns[n].first, turns[n].end) for n in here)
-        wanted = [n for n in wanted if n not in here]
+        here = messages[: last + 1]
+        text = _checked(form, here, written(form, here, where), where)
+        inside = [n for n in wanted if n == last or turns[n].begins(text)]
+        yield text, tuple((turns[n].first, turns[n].end) for n in inside)
+        wanted = [n for n in wanted if n not in inside]
 
 
 def turn_end(form: ChatForm) -> str | None:
@@ -396,7 +403,6 @@ def _turn(form: ChatForm, messages: Sequence[Message], number: int, where: Calla
             f"{number + 1}, and {shown(text[same:][:40])} where that is there, so what a model would say is not known; "
             "name a copy of it with {% generation %} and {% endgeneration %} around what counts (data.chat_template)"
         )
-    _check_said(form, messages, number, text, where)
     end = len(before) + _said(form, text[len(before) :])
     return _Turn(len(before), end, _digest(text[:end]))
 
@@ -426,25 +432,41 @@ def _by_blocks(form: ChatForm, messages: Sequence[Message], where: Callable[[], 
                 "{% generation %} blocks, so which are meant is not known; leave weights out, or have a block an answer"
             )
         spans = [span for span, weight in zip(spans, counts, strict=True) if weight]
-    _check_said(form, messages, len(messages) - 1, text, where)
-    return _checked_ends(form, messages, text, where), tuple(spans)
+    return _checked(form, messages, text, where), tuple(spans)
 
 
-def _check_said(form: ChatForm, messages: Sequence[Message], number: int, text: str, where: Callable[[], str]) -> None:
-    """DatasetError where an answer, or the message before it, is not in the text at all."""
-    for one in range(max(0, number - 1), number + 1):
-        words = messages[one]["content"].split()
-        if words and not any(word in text for word in words):
+def _checked(form: ChatForm, messages: Sequence[Message], text: str, where: Callable[[], str]) -> str:
+    """The text of these messages, of which the last is an answer. DatasetError where one of them is not in it; of
+    earlier answers that is the template's to say."""
+    for number, one in enumerate(messages, 1):
+        answers = one["role"] == "assistant"
+        words = one["content"].split() if answers else _longest(one["content"])
+        if words and (not answers or number == len(messages)) and not any(word in text for word in words):
             raise DatasetError(
-                f"{where()}: {form.what} leaves out what message {one + 1} says ({shown(words[0])}), as those of "
-                "models that see pictures do with plain texts; name a template for texts (data.chat_template)"
+                f"{where()}: {form.what} leaves out what message {number} says ({one['role']}: "
+                f"{shown(one['content'][:40])}): name a template that writes it (data.chat_template; those of models "
+                "that see pictures leave plain texts out), or take it out of the record"
             )
+    _check_ends(form, messages, text, where)
+    return text
 
 
-def _checked_ends(form: ChatForm, messages: Sequence[Message], text: str, where: Callable[[], str]) -> str:
-    """The text. DatasetError where the token that ends documents stands inside: attention would end there."""
+def _longest(text: str) -> list[str]:
+    """Two words that stand elsewhere hardly by chance."""
+    return sorted(text.split(), key=len)[-2:]
+
+
+def _cut(messages: Sequence[Message], text: str) -> bool:
+    """Whether a part of the last answer that counts, or of what was thought before it, is not in the text."""
+    last = next(one for one in reversed(messages) if one["role"] == "assistant" and one.get("weight", 1))
+    parts = (last["content"], last.get("reasoning_content", ""))
+    return any(word not in text for part in parts for word in _longest(part)[-1:])
+
+
+def _check_ends(form: ChatForm, messages: Sequence[Message], text: str, where: Callable[[], str]) -> None:
+    """DatasetError where the token that ends documents stands inside: attention would end there."""
     if form.end is None:
-        return text
+        return
     inside = text.rstrip().removesuffix(form.end).count(form.end)
     if inside > sum(said.count(form.end) for said in _texts(messages)):
         other = next((token for token in form.others if token != form.end and token not in text), None)
@@ -457,7 +479,6 @@ def _checked_ends(form: ChatForm, messages: Sequence[Message], text: str, where:
             f"{where()}: {form.what} writes {form.end} inside a conversation, and that token ends documents: each turn "
             f'would be one; {mend} (beside data.tokenizer; import: --end-token), or say data.end_token = ""'
         )
-    return text
 
 
 def counting(offsets: Sequence[tuple[int, int]], spans: Spans) -> npt.NDArray[np.bool_]:

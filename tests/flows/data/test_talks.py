@@ -176,8 +176,7 @@ def test_a_weight_of_nothing_and_an_answer_that_nobody_gave(
 
 
 BAD: Sequence[tuple[Any, str]] = [
-    ({"text": "x"}, r"a.jsonl:2 is no JSON object with a \"messages\" \(its keys are 'text'\); .*\(data.messages\)"),
-    ({"conversations": []}, r'\(its keys are \'conversations\'; data.messages = "conversations" is probably meant\)'),
+    ({"text": "x"}, r"a.jsonl:2 is no JSON object with a \"messages\" \(its keys are 'text'\); .* leave it out"),
     ([ASKED], r"it is an array; an array is made into lines by: jq"),
     ({"messages": None}, r"a.jsonl:2: its messages is null or missing; write a list of messages"),
     ({"messages": "[]"}, "its messages is no list of messages but str"),
@@ -194,6 +193,10 @@ BAD: Sequence[tuple[Any, str]] = [
         "has 'tool_calls' in message 1, and neither tools nor pictures are read",
     ),
     ({"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}, "weight 0.5: it may be 0 or 1"),
+    (
+        {"messages": [{"role": "assistant", "content": "", "thinking": ["x"]}]},
+        r"message 1 thoughts .* no text \(list\)",
+    ),
     ({"messages": [{"role": "user", "content": "\ufdd0"}]}, "holds U\\+FDD0 or U\\+FDD1 in message 1"),
     ({"messages": {"role": ["user"], "content": []}}, "has columns of different lengths"),
     ({"messages": [*ASKED] * 300}, rf"has 1,200 messages, the limit is {MAX_MESSAGES:,}: cut it into several"),
@@ -202,13 +205,29 @@ BAD: Sequence[tuple[Any, str]] = [
 ]
 
 
+def test_another_key_of_conversations_is_proposed(here: Path, store: Store) -> None:
+    fill("c/a.jsonl", ASKED, key="conversations")
+    words = r'\(its keys are \'conversations\'; data.messages = "conversations" is .* conversation \(data.messages\)$'
+    with pytest.raises(DatasetError, match=words):
+        prepare(spec_of(), store)
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
 def test_what_was_thought_has_three_names(here: Path, store: Store, name: str) -> None:
-    fill("c/a.jsonl", [ASKED[0], {**ASKED[1], name: "I know that."}])
+    others = {"reasoning_content": "", "thinking": "", "reasoning": ""}
+    fill("c/a.jsonl", [ASKED[0], {**ASKED[1], **others, name: "I know that."}])
     for read in ("reasoning_content", "thinking"):
         template = LEAVES.replace("{{ m.content }}", f"{{{{ m.{read} or '' }}}}{{{{ m.content }}}}")
         ((_, counted),) = said(store, prepare(written_by(template), store))
         assert counted == "I know that.Jane Austen.<|im_end|>"
+
+
+def test_a_message_of_both_forms_is_of_the_one_that_says_who_it_is_from(here: Path, store: Store) -> None:
+    """Two datasets joined by their columns: the other form's keys neither win nor go unchecked."""
+    fill("c/a.jsonl", [ASKED[0], {"from": "gpt", "value": "Jane Austen.", "role": "bot", "content": "Nobody."}])
+    ((text, counted),) = said(store, prepare(spec_of(), store))
+    assert counted == "Jane Austen.<|im_end|>"
+    assert "Nobody" not in text
 
 
 @pytest.mark.parametrize(("record", "words"), BAD)
@@ -259,6 +278,21 @@ def test_what_a_reader_would_not_see_is_told(here: Path, store: Store, caplog: p
         "<think>\n\n</think>\n\nJane Austen.<|im_end|>",
     ]
     assert [text.count("<think>") for text, _ in found] == [1, 1]
+
+
+def test_what_the_template_leaves_out_is_told(here: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """A system's message, which many templates pass over, is a refusal; thoughts of an answer are a warning."""
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    fill("c/a.jsonl", [system, *ASKED])
+    passes = LEAVES.replace("{{ m.content }}", "{% if m.role != 'system' %}{{ m.content }}{% endif %}")
+    with pytest.raises(
+        DatasetError, match=r"leaves out what message 1 says \(system: 'You are a helpful assistant.'\)"
+    ):
+        prepare(written_by(passes), store)
+    fill("c/a.jsonl", ASKED, [ASKED[0], {**ASKED[1], "reasoning_content": "I know that."}])
+    prepare(spec_of(), store)
+    assert "c/a.jsonl:2: the chat template leaves out a part of an answer, or what was thought" in caplog.text
+    assert "c/a.jsonl:1: the chat template leaves out" not in caplog.text
 
 
 # --- templates ----------------------------------------------------------------------------------------------
@@ -337,9 +371,16 @@ def test_where_the_template_is_from(here: Path, store: Store) -> None:
         ),
         (
             LEAVES.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"),
-            "leaves out what message 1 says .'Who'., as those of models that see pictures",
+            r"leaves out what message 1 says .user: 'Who wrote Emma\?'.: name a template that writes it",
         ),
-        ("{{ messages[0].content }}{% generation %}a{% endgeneration %}", "leaves out what message 3 says .'When.'."),
+        (
+            "{{ messages[0].content }}{% generation %}a{% endgeneration %}",
+            "leaves out what message 3 says .user: 'When.'.",
+        ),
+        (
+            LEAVES.replace("{{ m.content }}", "{{ m.content if m.role == 'assistant' else m.content[:5] }}"),
+            "leaves out what message 1 says",
+        ),
         (LEAVES.replace("<|im_end|>", EOT), r"writes <\|endoftext\|> inside a conversation.*data.end_token = \"</s>\""),
     ],
 )
