@@ -62,7 +62,7 @@ class S3Store:
 
     ``path_style``: whether the bucket stands in the path; None: as boto3 is configured (its own: where the endpoint is
     a number). ``sse``, ``kms_key``: how the server shall encrypt each object; None: as the bucket says. ``anonymous``:
-    nothing is signed, for what everybody may read.
+    nothing is signed, for what everybody may read. ``requester_pays``: whoever asks takes the costs.
     """
 
     pace = PAID
@@ -78,6 +78,7 @@ class S3Store:
         sse: str | None = None,
         kms_key: str | None = None,
         anonymous: bool = False,
+        requester_pays: bool = False,
         retry: Retry | None = None,
         connect_s: float = 10.0,
         read_s: float = 30.0,
@@ -87,7 +88,7 @@ class S3Store:
         self._retry = retry if retry is not None else Retry()
         style = None if path_style is None or (path_style and endpoint) else str(int(path_style))
         query = {"endpoint": endpoint, "region": region, "path_style": style, "sse": sse, "kms_key": kms_key}
-        query["anonymous"] = "1" if anonymous else None
+        query |= {"anonymous": "1" if anonymous else None, "requester_pays": "1" if requester_pays else None}
         plain = {k: v for k, v in query.items() if v is not None}
         encrypt = {"ServerSideEncryption": sse, "SSEKMSKeyId": kms_key}
         self._encrypt = {name: value for name, value in encrypt.items() if value is not None}
@@ -99,6 +100,7 @@ class S3Store:
             region=region,
             path_style=path_style,
             anonymous=anonymous,
+            requester_pays=requester_pays,
             connect_s=connect_s,
             read_s=read_s,
             renew_s=renew_s,

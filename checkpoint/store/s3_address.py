@@ -18,7 +18,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]\Z")
 _HOST = re.compile(r"(?:(?P<bucket>.+)\.s3[.-](?:[a-z0-9-]+\.)*amazonaws\.com(?:\.cn)?|\d+\.\d+\.\d+\.\d+)\Z")
 """What is no bucket's name: AWS's own, and an address."""
 _KMS_KEY = re.compile(r"[A-Za-z0-9:/_-]{1,256}\Z")
-OPTIONS = ("endpoint", "region", "path_style", "sse", "kms_key", "anonymous")
+OPTIONS = ("endpoint", "region", "path_style", "sse", "kms_key", "anonymous", "requester_pays")
 ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
 
 
@@ -43,8 +43,11 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
     style = options.get("path_style", "1" if endpoint else None)
     if style not in ("0", "1", None):
         raise StoreRefused(f"store {shown}: path_style is 1 (bucket in the path) or 0 (in the host name)")
-    if options.get("anonymous", "1") != "1":
-        raise StoreRefused(f"store {shown}: anonymous is 1 (for what everybody may read), or left out")
+    for flag, what in (("anonymous", "for what everybody may read"), ("requester_pays", "where who reads pays")):
+        if options.get(flag, "1") != "1":
+            raise StoreRefused(f"store {shown}: {flag} is 1 ({what}), or left out")
+    if {"anonymous", "requester_pays"} <= options.keys():
+        raise StoreRefused(f"store {shown}: nobody pays for what nothing signs: leave anonymous or requester_pays out")
     sse, key = options.get("sse"), options.get("kms_key")
     _check_encryption(sse, key, shown)
     return S3Store(
@@ -56,6 +59,7 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
         sse=sse,
         kms_key=key,
         anonymous="anonymous" in options,
+        requester_pays="requester_pays" in options,
         retry=retry,
     )
 

@@ -121,7 +121,11 @@ _HEADER = re.compile(r"(unsupported|not supported|not implemented).*header|heade
 _RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504, 507}
 _OF_PROXIES = 520
 """From here on a proxy on the way tells, in numbers of its own, that the server does not answer it."""
-_RIGHTS = "this identity has no right to do it; what the agent, the driver and the collector need is in docs/policies"
+_RIGHTS = (
+    "this identity has no right to do it; what the agent, the driver and the collector need is in docs/policies (a "
+    "bucket whose readers pay refuses who does not say requester_pays=1 in the address)"
+)
+_NOT_EVERYBODY = "not everybody may do it: leave anonymous=1 out of the address, and give credentials"
 _REGION = "the bucket is in another region: add ?region=… to the address"
 _SIZE = (
     "the server, or a proxy before it, takes no objects of that size: hotstage writes such of up to 64 MiB (nginx: "
@@ -323,6 +327,8 @@ def _answered(error: botocore.exceptions.ClientError, what: str, store: str, key
         mend = _elsewhere(meta.get("HTTPHeaders", {}), store) or mend
     if code == "AccessDenied" and "explicit deny" in text:
         mend = _DENIED
+    if code in ("AccessDenied", "403") and "anonymous=1" in urlsplit(store).query.split("&"):
+        mend = _NOT_EVERYBODY
     if code == "RequestTimeTooSkewed":
         said += f": it is {meta.get('HTTPHeaders', {}).get('date', '?')} there, {formatdate(usegmt=True)} here"
     if code.startswith("KMS.") or "kms:" in text:

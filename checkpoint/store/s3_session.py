@@ -34,7 +34,8 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN")
 class S3Session:
     """``client`` is what asks; another one after a ``renew``. ``url``: the store's, for people. Thread-safe.
 
-    ``path_style``, ``anonymous``: as in ``S3Store``. Raises StoreRefused where boto3's configuration does not hold.
+    ``path_style``, ``anonymous``, ``requester_pays``: as in ``S3Store``. Raises StoreRefused where boto3's
+    configuration does not hold.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class S3Session:
         region: str | None,
         path_style: bool | None,
         anonymous: bool,
+        requester_pays: bool,
         connect_s: float,
         read_s: float,
         renew_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._url, self._path_style = url, path_style
+        self._url, self._path_style, self._pays = url, path_style, requester_pays
         self._options: dict[str, Any] = {"endpoint_url": endpoint, "region_name": region}
         self._config = botocore.config.Config(
             connect_timeout=connect_s,
@@ -73,6 +75,8 @@ class S3Session:
             client: Any = made.client("s3", config=config, **self._options)
             s3_settings.check_bundle(made, str(client.meta.endpoint_url))
             client.meta.events.register_last("before-call.s3.PutObject", hand_over)
+            if self._pays:
+                client.meta.events.register("before-call.s3", _pay)
             return client, made
         except FOREIGN as error:
             if isinstance(error, CREDENTIALS) or _unanswered(error):
@@ -135,6 +139,11 @@ class S3Session:
         if method:
             return f"they come from {method} (profile {profile!r}), which gave no newer ones: log in again or mend it"
         return "no others were found: set AWS_PROFILE, or give the pod a role"
+
+
+def _pay(params: dict[str, Any], **_: Any) -> None:
+    """``before-call`` where who asks takes the costs: without this word S3 answers 403."""
+    params["headers"]["x-amz-request-payer"] = "requester"
 
 
 def _unanswered(error: BaseException) -> bool:

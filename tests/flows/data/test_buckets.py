@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,10 +84,31 @@ def test_a_bucket_that_everybody_may_read_needs_no_account(bucket: Callable[...,
         assert texts(f"{open_to_all}&anonymous=1") == TEXTS
         with pytest.raises(CredentialsRefused, match="everybody may read needs none with anonymous=1 in its address"):
             texts(open_to_all)
-        with pytest.raises(StoreRefused, match="AccessDenied"):
+        with pytest.raises(StoreRefused, match=r"AccessDenied.*: not everybody may do it: leave anonymous=1 out"):
             texts(f"jsonl:{where}&anonymous=1")
         with pytest.raises(StoreRefused, match="anonymous is 1"):
             texts(f"{open_to_all}&anonymous=yes")
+
+
+def test_who_asks_takes_the_costs_where_the_address_says_so(server: S3Server) -> None:
+    for more, said in (("", None), ("&requester_pays=1", "requester")):
+        with server.identity("root"):
+            store = open_s3(server.url("payer") + more)
+        asked: list[str | None] = []
+
+        def see(request: Any, asked: list[str | None] = asked, **_: Any) -> None:
+            asked.append(request.headers.get("x-amz-request-payer", b"").decode() or None)
+
+        store.client.meta.events.register("before-send.s3", see)
+        store.create(f"index/r{len(more)}", b"x")
+        store.create(f"data/{len(more):064d}/00000.bin", b"x" * (2 << 20))  # handed over in slices
+        assert list(store.list("index/"))
+        assert store.get(f"index/r{len(more)}") == b"x"
+        assert asked == [said] * 4
+        assert ("requester_pays=1" in store.url) == bool(more)
+    for wrong, told in (("requester_pays=0", "requester_pays is 1"), ("requester_pays=1&anonymous=1", "nobody pays")):
+        with pytest.raises(StoreRefused, match=told):
+            open_s3(f"{server.url()}&{wrong}")
 
 
 def test_an_object_that_changes_while_it_is_read(bucket: Callable[..., str]) -> None:
