@@ -380,5 +380,5 @@ def exit_code_of(arguments: list[str] | None) -> int:
 def _asked_for_json(error: click.ClickException, arguments: Sequence[str]) -> bool:
     """Whether JSON was asked for of a command that has it, also where its words end before that was read."""
     context = getattr(error, "ctx", None)
-    knows = context is not None and any(option.name == "as_json" for option in context.command.params)
+    knows = context is None or any(option.name == "as_json" for option in context.command.params)  # None: not read yet
     return terminal.speaks_json() or (knows and "--json" in arguments)

@@ -322,6 +322,7 @@ def test_a_program_that_leaves_is_no_reader_that_has_gone(
     ("args", "code", "words"),
     [
         (["runs", "ls", "--json", "--nonsense"], 2, "No such option"),
+        (["runs", "ls", "--json", "--store"], 2, "requires an argument"),
         (["runs", "ls", "--state", "nonsense", "--json"], 2, "is not one of"),
         (["ckpt", "digest", "--json"], 2, "Missing argument"),
         (["runs", "ls", "--json", "--store", "s3://"], 78, "bucket"),
