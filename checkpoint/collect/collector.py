@@ -172,6 +172,8 @@ class _Pass:
         report.steps = {info.n: info.step for info in self.state.checkpoints}
         wanted = given_up(self.state, report.kept)
         self._list(wanted)
+        if not self.state.n:
+            return report  # it has no log: nothing is known to be over, and what was moved away is not made anew
         before = self._before()
         self.now = report.now = self._clock(before)
         if self.now is None:

@@ -16,6 +16,7 @@ from checkpoint.collect.pins import pin
 from checkpoint.errors import Halted, OtherVersion, StoreRefused
 from checkpoint.log import RunLog
 from checkpoint.store import Info
+from checkpoint.store.memory import MemoryStore
 from checkpoint.verify import verify_run
 from tests.checkpoint.collect.world import GRACE_S, KEEP, PLAN, RULES, World
 from tests.checkpoint.samples import attempt_body, point_body
@@ -135,6 +136,15 @@ def test_what_is_not_known_is_told_and_stays() -> None:
     assert set(mine) <= set(names(world.store, RUN))
     assert (report.unknowns, sorted(report.unknown)) == (5, sorted(mine[:5]))
     assert world.points == [(10, 99), (20, 1), (30, 1)]
+
+
+def test_of_a_run_without_a_log_nothing_is_deleted_or_made_anew() -> None:
+    """Its folder was renamed: made anew, it could not be renamed back."""
+    store = MemoryStore()
+    assert collect(store, RUN).unknowns == 0
+    store.create(there := keys.run_key(RUN, keys.chunk_name(10, 1, 0, "i1", 0)), b"x")
+    assert collect(store, RUN).unknowns == 1
+    assert [info.key for info in store.list("")] == [there]
 
 
 def test_pins_and_the_newest_attempt_hold_what_the_rules_would_give_up() -> None:
