@@ -13,6 +13,9 @@ from flows.drive.events import WARNS, Event
 from trainer.amounts import clock
 from trainer.plan.devices import peak_of
 
+_EACH = ("warning", "order", "unknown")
+"""Phases whose words are each a fact of its own."""
+
 
 @dataclass
 class Meter:
@@ -125,9 +128,12 @@ class Lines:
                 gave_up = facts["outcome"] == "gave_up"  # why: the command says it last, with the mend
                 reason = f" ({facts['reason']})" if facts.get("reason") and not gave_up else ""
                 self.say(f"{facts['outcome'].replace('_', ' ')}{reason}: step {facts['step']}{digest}")
-            case "phase" if facts["phase"] not in ("training", self._phase):  # once, whatever its details
-                self._phase = facts["phase"]
-                self.say(f"{facts['phase']}" + (f": {facts['text']}" if facts.get("text") else ""))
+            case "phase":
+                said = facts["phase"] + (f": {facts['text']}" if facts.get("text") else "")
+                told = said if facts["phase"] in _EACH else facts["phase"]  # else once, whatever its details
+                if told not in ("training", self._phase):
+                    self._phase = told
+                    self.say(said)
 
     def _step(self) -> None:
         meter = self.meter

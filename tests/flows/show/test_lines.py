@@ -63,6 +63,8 @@ def test_a_phase_is_told_once_until_there_are_steps_again() -> None:
     phases = [Event("phase", {"phase": "launching", "text": text}) for text in ("0 of 2 nodes", "1 of 2 nodes")]
     assert lines_of(*phases, *phases) == ["launching: 0 of 2 nodes"]
     assert len(lines_of(phases[0], step(1), phases[1])) == 3
+    warnings = [Event("phase", {"phase": "warning", "text": f"node {node}: no space"}) for node in (0, 1)]
+    assert lines_of(*warnings) == ["warning: node 0: no space", "warning: node 1: no space"]
 
 
 def test_the_end_says_why_once() -> None:
