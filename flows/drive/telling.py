@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from checkpoint.log import RunState
@@ -125,13 +126,11 @@ class Teller:
                 self.silence("unknown", quiet_words(node), "node", f"{node.node}")
 
     def checkpoints(self, state: RunState) -> None:
-        """Those that were not told yet; of a run that had begun before this driver the newest alone."""
-        fresh = []
-        for checkpoint in reversed(state.checkpoints):
-            if self._told_n is None or checkpoint.n > self._told_n:
-                fresh.append(checkpoint)
-            if self._told_n is None or checkpoint.n <= self._told_n:
-                break
+        """Those that were not told yet; of a run that had begun before this driver the newest of its line alone."""
+        if (told := self._told_n) is None:
+            fresh = [newest] if (newest := state.at_step()) is not None else []
+        else:
+            fresh = [*takewhile(lambda checkpoint: checkpoint.n > told, reversed(state.checkpoints))]
         for checkpoint in reversed(fresh):
             self.tell("checkpoint", n=checkpoint.n, step=checkpoint.step, epoch=checkpoint.epoch)
         self._told_n = state.n

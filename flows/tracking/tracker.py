@@ -147,7 +147,7 @@ class Tracker:
     def _open(self) -> None:
         """From the run's own log: where its line begins, of whom it is a fork."""
         state = self._state = RunLog(self.store, self.run).fold(quick=True)
-        back, parent = ordered_back(state), parent_of(state)
+        back, parent = [sent for sent in ordered_back(state) if sent[0] <= state.n], parent_of(state)
         branch, begins = back[-1] if back else (0, beginning_of(state).step)
         about = About(
             run=self.run,

@@ -90,6 +90,26 @@ def test_steps_whose_lines_come_after_the_next_attempt_has_begun_are_lost_all_th
     assert teller.outcome(state, "stopped").lost_steps == 4
 
 
+def test_an_order_back_to_the_runs_end_leaves_what_lay_behind_it() -> None:
+    """No attempt follows it. It was told: step 9/4, an ETA below nothing, saved 9."""
+    log = RunLog(open_store("memory:"), "r-0a1b2c", writer="driver")
+    state = log.append("attempt", attempt_body(), log.fold())
+    for step in (4, 9):
+        state = log.append("checkpoint", point_body(step), state, epoch=1)
+    order = {"kind": "order", "how": {}, "by": "ann@b", "via": "runs order", "checkpoint": 2, "step": 4}
+    state = log.append("intervention", order, state)
+    told: list[tuple[str, int]] = []
+
+    class Told:
+        def tell(self, event: Event) -> None:
+            told.append((event.kind, event.facts["step"]))
+
+    teller = Teller("r-0a1b2c", Told())
+    teller.steps(state, [{"event": "step", "epoch": 1, "step": s, "loss": 2.0, "grad_norm": 1.0} for s in (4, 9)])
+    teller.checkpoints(state)
+    assert told == [("step", 4), ("checkpoint", 4)]
+
+
 def test_lines_that_an_order_has_left_are_not_told() -> None:
     """Those of the gang before it, behind the step that the run went back to."""
     log = RunLog(open_store("memory:"), "r-0a1b2c", writer="driver")
