@@ -23,6 +23,7 @@ from checkpoint.log import AttemptInfo, Intervention, RunLog, RunState
 from checkpoint.probe import ensure_probed
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
+from checkpoint.store.base import is_hint
 from flows.data import load_dataset
 from flows.drive.decide import opened, superseded
 from flows.drive.line import parent_of
@@ -313,8 +314,10 @@ def readable(store: Store, run: str) -> RunState:
 
 
 def is_gone(store: Store, run: str, state: RunState) -> bool:
-    """Whether nothing of it is there but its name in the index: somebody has removed its folder."""
-    return not state.n and state.unreadable is None and store.head(spec_key(run)) is None
+    """Whether nothing of it is there but its name in the index, and hints: somebody has removed its folder."""
+    if state.n or state.unreadable is not None:
+        return False
+    return all(is_hint(info.key) for info in store.list(run_key(run) + "/"))
 
 
 def load_what(store: Store, run: str) -> dict[str, Any]:

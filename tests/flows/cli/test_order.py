@@ -66,6 +66,8 @@ def test_a_broken_run_beside_others(copy: Copy, tmp_path: Path, caplog: pytest.L
     (store / "runs" / unread / f"log/{1:020}").write_bytes(b"no record")
     shutil.copy(store / "index" / run, store / "index" / f"{run}_copy")
     shutil.copy(store / "index" / run, store / "index" / "removed-cccccc")  # by hand, and its name was left
+    (store / "runs/removed-cccccc/live").mkdir(parents=True)
+    (store / "runs/removed-cccccc/live/collected").touch()
     unreadable = {unread: ("unreadable", STEPS)}
     assert rows() == {**before, "no-spec-aaaaaa": ("succeeded", 0), "removed-cccccc": ("gone", 0), **unreadable}
     assert outcome(["runs", "show", "removed-cccccc", "--store", copy.url])[0] == 78

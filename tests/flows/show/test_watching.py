@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from checkpoint import codec
-from checkpoint.keys import log_key, spec_key
+from checkpoint.keys import log_key, run_key, spec_key
 from checkpoint.log import ended_body
 from flows.show.watching import RunRow, Watched, WatchedRuns, row_line, rows_table
 from tests.flows.conftest import Trained
@@ -63,12 +63,13 @@ def test_of_a_store_those_that_are_open() -> None:
     made.attempt()
     made.steps(1, 2)
     made.store.create(log_key("unread", 1), b"no record")
-    board = WatchedRuns(made.store, lambda: [RUN, "removed", "unread"], only_open=True)
-    assert [row.run for row in board.look()] == [RUN, "unread"]
+    made.store.create(run_key("cut", "chunks/x"), b"of a copy that was cut short")
+    board = WatchedRuns(made.store, lambda: [RUN, "removed", "unread", "cut"], only_open=True)
+    assert [row.run for row in board.look()] == [RUN, "unread", "cut"]
     assert board.look()[1].state == "unreadable"  # it is shown, and the other one is watched all the same
     made.log.append("ended", ended_body(made.log.fold(), "gave_up", "why"), made.log.fold())
     assert board.look()[0].state == "gave up"  # once more, so that its end is seen
-    assert [row.run for row in board.look()] == ["unread"]
+    assert [row.run for row in board.look()] == ["unread", "cut"]
     assert Watched(made.store, "removed").look().ended
 
 
