@@ -35,7 +35,7 @@ from flows.drive.events import Outcome, Sink, Sinks
 from flows.drive.loop import Driver
 from flows.drive.orders import Asked, place_order
 from flows.drive.replays import Replays
-from flows.drive.run import Prepared, ask_run
+from flows.drive.run import Prepared, ask_run, readable
 from flows.proxies import reach_directly
 from flows.tracking.tracker import Trackers
 from trainer.folders import data_folder
@@ -195,11 +195,15 @@ class Run:
 
 
 def cancel(store: Store, run: str, reason: str = "cancelled by the user") -> bool:
-    """Write the run's end; its nodes leave by themselves. False where it had ended before."""
+    """Write the run's end; its nodes leave by themselves. False where it had ended before. Damaged where its log is
+    missing: with an end alone it would be taken for one that has nothing.
+    """
     from checkpoint.errors import Conflict
 
     log = RunLog(store, run, writer="user")
     state = log.fold()
+    if not state.n:
+        readable(store, run)
     while not state.ended:
         try:
             log.append("ended", ended_body(state, "cancelled", reason), state)

@@ -11,9 +11,11 @@ from checkpoint.errors import Damaged
 from checkpoint.keys import chunk_name, index_key, run_key, spec_key
 from checkpoint.log import RunLog
 from checkpoint.store import Store
+from checkpoint.verify import verify_run
 from flows.data import prepare
 from flows.drive.begin import prepare_run
 from flows.drive.run import INDEX_CAP, ask_run, load_run, load_what, run_names
+from flows.drive.train import cancel
 from flows.recurring.chain import heir
 from tests.checkpoint.samples import point_body
 from tests.support.small_checkpoints import begin
@@ -119,9 +121,12 @@ def test_a_run_whose_log_was_not_copied_is_not_trained_anew(ground: tuple[Store,
     run = prepare_run(spec, store).run
     chunk = run_key(run, chunk_name(7, 1, 0, "i1", 0))
     store.create(chunk, b"state")
-    for again in (lambda: prepare_run(spec, store), lambda: ask_run(store, run, ()), lambda: load_run(store, run)):
+    ways = (lambda: prepare_run(spec, store), lambda: ask_run(store, run, ()), lambda: load_run(store, run))
+    for again in (*ways, lambda: cancel(store, run)):
         with pytest.raises(Damaged, match=rf"such as {chunk}\) and no log: .* Copy runs/{run}/log/ too"):
             again()
+    (problem, *_) = verify_run(store, run).problems
+    assert problem.reason.startswith("missing, and the run has state")
     log = RunLog(store, run)
     begin(log, log.fold())
     assert prepare_run(spec, store).run == run
