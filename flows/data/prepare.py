@@ -281,6 +281,12 @@ class _Preparation:
                 reads.append(row)
                 borne.join(row["borne"])
         borne.tell()
+        if borne.rewritten.count and self.spec.dedupe is not None and self.spec.dedupe.near is not None:
+            self.say(
+                f"data: data.dedupe.near {self.spec.dedupe.near}: several documents of one conversation begin alike, "
+                "and one that is so much like another is left out with its answer; leave near out, or take a template "
+                "that writes a conversation once"
+            )
         out = np.sum([row["out"] for row in reads], axis=0).tolist()
         if any(out[1:]):
             self.say(f"data: data.filter leaves {out[0]:,} of {sum(out):,} documents ({_reasons(out)})")

@@ -278,6 +278,9 @@ def test_what_a_reader_would_not_see_is_told(here: Path, store: Store, caplog: p
         "<think>\n\n</think>\n\nJane Austen.<|im_end|>",
     ]
     assert [text.count("<think>") for text, _ in found] == [1, 1]
+    lines: list[str] = []
+    prepare(written_by(GOLDEN["templates"]["think"]["plain"], dedupe={"near": 0.5}), store, say=lines.append)
+    assert any("data.dedupe.near 0.5: several documents of one conversation begin alike" in line for line in lines)
 
 
 def test_what_the_template_leaves_out_is_told(here: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
