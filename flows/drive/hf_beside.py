@@ -88,9 +88,14 @@ def beside_of(store: Store, run: str) -> Beside:
 
 
 def beside_with_talk(store: Store, run: str, dataset: str) -> Beside:
-    """``beside_of``, with the chat template of the run's data (their digest) where these are conversations."""
+    """``beside_of``, with the chat template of the run's data (their digest), and what it names, where these are
+    conversations: a tokenizer_config.json may hold another template."""
     files, talk = beside_of(store, run), talk_files(store, dataset)
-    return {**talk, **files, TEMPLATE: talk[TEMPLATE]} if talk else files
+    if not talk:
+        return files
+    config = tree_of(files, TREES[-1]) | tree_of(talk, TREES[-1])
+    config.pop("chat_template", None)
+    return {**files, TREES[-1]: json.dumps(config), TEMPLATE: talk[TEMPLATE]}
 
 
 # --- what it means ------------------------------------------------------------------------------------------

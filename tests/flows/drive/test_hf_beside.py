@@ -20,10 +20,11 @@ from checkpoint.dataset import load_dataset_manifest
 from checkpoint.errors import StoreRefused
 from checkpoint.export_to import Folder
 from checkpoint.log import RunLog
-from checkpoint.store import Store
+from checkpoint.store import Store, open_store
+from flows.data import prepare
 from flows.data.sources.talk import Message
 from flows.drive.begin import prepare_run
-from flows.drive.hf_beside import beside_of, ends_of, read_beside, tokenizer_config_of
+from flows.drive.hf_beside import beside_of, beside_with_talk, ends_of, keep_beside, read_beside, tokenizer_config_of
 from flows.drive.line import parent_of
 from flows.drive.their_tokenizer import tokenizer_of
 from flows.evaluate.validate import validation_data
@@ -32,7 +33,7 @@ from flows.show.talk import Text, generate
 from tests.support.calls import called
 from tests.support.imported import IMPORT, Imported, imported
 from trainer.dataset import HEADER_BYTES, DatasetRef, counts_of, without_mask
-from trainer.spec import load_spec
+from trainer.spec import DataSpec, load_spec
 
 __all__ = ["imported"]  # the fixture
 
@@ -126,6 +127,22 @@ def test_a_chat_model_goes_out_with_all_that_came_in_beside_it(
     assert next(picks) == 7, "an answer ends at each of them"
     with pytest.raises(StoreRefused, match=r"holds a chat_template.jinja, with which others would talk"):
         export_hf(case.store, case.run, 0, Folder(out))
+
+
+def test_a_run_has_one_template_that_of_its_data(tmp_path: Path) -> None:
+    """A model's tokenizer_config.json may hold another one, by which older readers of an export would talk."""
+    template, store = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}", open_store("memory:")
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "t.jinja").write_text(template)
+    talk = [{"role": "user", "content": "the fox?"}, {"role": "assistant", "content": "It jumps over the lazy dog."}]
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 40)
+    tree = {"source": f"jsonl:{tmp_path}/a.jsonl", "messages": "messages", "chat_template": f"{tmp_path}/t.jinja"}
+    dataset = prepare(DataSpec.model_validate(tree | {"vocab_size": 280}), store, sequence=None)
+    told = {"chat_template": "old", "add_bos_token": True, "eos_token": "<other>"}
+    keep_beside(store, "r-0a1b2c", {"tokenizer_config.json": json.dumps(told)})
+    found = beside_with_talk(store, "r-0a1b2c", dataset.digest)
+    assert found["chat_template.jinja"] == template
+    assert json.loads(found["tokenizer_config.json"]) == {"add_bos_token": True, "eos_token": "<|endoftext|>"}
 
 
 def test_talks_are_written_by_the_template_that_came_with_the_weights(
