@@ -547,8 +547,8 @@ def test_documents_of_a_spec_are_read_with_its_form(here: Path) -> None:
 
 def test_a_predicate_sees_the_record(here: Path, store: Store) -> None:
     fill("c/a.jsonl", ASKED[:2], ASKED)
-    Path("rules.py").write_text("def keep(document):\n    return len(document.fields['messages']) == 4\n")
-    dataset = prepare(spec_of(filter={"predicate": "rules:keep"}), store)
+    Path("talk_rules.py").write_text("def keep(document):\n    return len(document.fields['messages']) == 4\n")
+    dataset = prepare(spec_of(filter={"predicate": "talk_rules:keep"}), store)
     path = store.local_path(f"data/{dataset.digest}/00000.bin")
     assert path is not None
     assert masked_shard(path)[0].tolist().count(dataset.eot) == 1
