@@ -139,6 +139,9 @@ def room_words(error: OSError, folder: Path) -> str:
     """A failure to write below ``folder``, in words; where that is full, with its size and the mend."""
     if error.errno == errno.EFBIG and (most := resource.getrlimit(resource.RLIMIT_FSIZE)[0]) != resource.RLIM_INFINITY:
         return f"{error}: files of this process have {most} bytes at most; raise the limit (ulimit -f unlimited)"
+    if error.errno == errno.EMFILE:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return f"{error}: this process may have {files}; raise the limit (ulimit -n, a service's LimitNOFILE)"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return str(error)
     room = os.statvfs(folder)

@@ -154,6 +154,9 @@ def test_words_of_a_full_folder(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "have 1099511627776 bytes at most; raise the limit (ulimit -f unlimited)" in words
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    words = room_words(OSError(errno.EMFILE, "Too many open files"), tmp_path)
+    assert words.endswith(f"may have {files}; raise the limit (ulimit -n, a service's LimitNOFILE)")
     assert room_words(OSError(errno.EACCES, "Permission denied"), tmp_path) == "[Errno 13] Permission denied"
 
 
