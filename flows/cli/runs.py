@@ -258,14 +258,14 @@ def resume(
     """
     from flows.cli.train import host
     from flows.drive.orders import Asked, place_order
-    from flows.drive.run import Prepared, ask_run, find_run
+    from flows.drive.run import Board, Prepared, ask_run, find_run
     from flows.drive.train import store_at
 
     opened = store_at(store)
     name = find_run(opened, run)
     asked = Asked("runs resume", again=True, anew=begin_anew, wish=_wish(**amends))
 
-    def make() -> Prepared:
+    def make(_board: Board, _tell: Callable[[str], None]) -> Prepared:
         return place_order(opened, ask_run(opened, name, sets), asked)
 
     return host(make, store, Path(out), as_json, not no_prefect)
@@ -346,14 +346,14 @@ def fork(
     from flows.cli.train import host
     from flows.drive.fork import fork_run
     from flows.drive.orders import Asked, place_order
-    from flows.drive.run import Prepared, find_run
+    from flows.drive.run import Board, Prepared, find_run
     from flows.drive.train import store_at
 
     opened = store_at(store)
     name = find_run(opened, run)
 
-    def make() -> Prepared:
-        return place_order(opened, fork_run(opened, name, step, sets), Asked("runs fork"))
+    def make(_board: Board, tell: Callable[[str], None]) -> Prepared:
+        return place_order(opened, fork_run(opened, name, step, sets, say=tell), Asked("runs fork"))
 
     return host(make, store, Path(out), as_json, not no_prefect)
 

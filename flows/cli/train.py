@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def train(spec: str, sets: tuple[str, ...], store: str | None, out: str, as_json
 
 
 def host(
-    make: Callable[[], Prepared] | Callable[[Board, Callable[[str], None]], Prepared],
+    make: Callable[[Board, Callable[[str], None]], Prepared],
     store: str | None,
     out: Path,
     as_json: bool,
@@ -68,7 +69,7 @@ def host(
 ) -> int:
     """Make a run ready and drive it from this terminal, on Prefect's page where one can be reached; the exit code.
 
-    ``make`` gets the board that shows what it does and the voice to tell it, where ``name`` is given.
+    ``make`` gets the board that shows what it does, and the voice to tell it. ``name``: of a run that is not there yet.
     """
     from dataclasses import asdict
 
@@ -100,7 +101,7 @@ def host(
 
 
 def _drive(
-    make: Callable[..., Prepared],
+    make: Callable[[Board, Callable[[str], None]], Prepared],
     store: Store,
     out: Path,
     voice: Voice,
@@ -127,11 +128,8 @@ def _drive(
                 if page is not None:
                     page.line(text)
 
-            if name:
+            with nullcontext() if name else hosted.board.task("compile-plan", "compile plan"):
                 prepared = make(hosted.board, tell)
-            else:
-                with hosted.board.task("compile-plan", "compile plan"):
-                    prepared = make()
             tell(f"run {prepared.run} in {store.url}")
             with signals.drives(prepared.run) as reach:
                 if not signals.driving(detaches=prepared.spec.launch.target != "local"):

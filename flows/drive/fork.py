@@ -44,7 +44,9 @@ class Parent:
         return int(self.what["train"]["schedule"].get("start", 0))
 
 
-def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -> Prepared:
+def fork_run(
+    store: Store, parent: str, step: int | None, sets: Sequence[str], *, say: Callable[[str], None] = lambda _: None
+) -> Prepared:
     """Create the child's identity and pin the parent's checkpoint.
 
     SpecError where step or model do not fit, or where the child began from another checkpoint before; PinRefused where
@@ -70,7 +72,7 @@ def fork_run(store: Store, parent: str, step: int | None, sets: Sequence[str]) -
     if spec.data.source == f"dataset:{digest}":
         dataset = load_dataset(store, digest)
     else:
-        dataset = dataset_of_child(store, begins, spec)
+        dataset = dataset_of_child(store, begins, spec, say)
     if step is None:
         begins = replace(begins, found=_held(store, begins, run_name(spec.resolve(dataset), dataset)) or found)
     return begin_child(store, begins, spec, dataset)

@@ -305,7 +305,9 @@ def test_a_fork_begins_from_its_parent_alone_and_keeps_its_tokenizer(imported: I
     with pytest.raises(SpecError, match=r"train\.optimizer\.name 'muon': the parent's is 'adamw'"):
         fork_run(case.store, case.run, 0, ["train.optimizer.name=muon", "name=other"])
     (tmp_path / "other.txt").write_text("And quite another text, of which a tokenizer would make other tokens. " * 40)
-    child = fork_run(case.store, case.run, 0, [f"data.source=text:{tmp_path}/other.txt", "name=other"])
+    told: list[str] = []
+    child = fork_run(case.store, case.run, 0, [f"data.source=text:{tmp_path}/other.txt", "name=other"], say=told.append)
+    assert told[0].startswith("data: 1 document, "), "of the fork's own data"
     theirs = folder_weights(case.folder, case.spec.model).tokenizer
     assert theirs is not None
     assert load_tokenizer(case.store, child.dataset).get_vocab() == theirs.get_vocab()
