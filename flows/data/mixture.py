@@ -16,6 +16,7 @@ from checkpoint import keys
 from checkpoint.codec import pack
 from checkpoint.dataset import MASK_VERSION, MIX_VERSION, load_dataset_manifest
 from checkpoint.store import Store
+from flows.data.chat_form import talk_files
 from flows.data.shards import load_dataset, put, tokenizer_json
 from flows.data.tokenizer import parse_tokenizer
 from trainer.dataset import DatasetRef
@@ -57,6 +58,12 @@ def prepare_mixture(
                 )
             parts.append(part)
     first, tokenizer = parts[0], tokenizer_json(store, parts[0])
+    talks = [(number, talk) for number, part in enumerate(parts) if (talk := _talk(store, part)) is not None]
+    if any(talk != talks[0][1] for _, talk in talks):
+        say(
+            "data: the conversations of the mixture's parts are not all written by the same chat template: chat, "
+            f"exports and whatever trains on take that of data.mix[{talks[0][0]}] ({spec.mix[talks[0][0]].source})"
+        )
     manifest = pack(
         {
             "v": MASK_VERSION if any(part.masked for part in parts) else MIX_VERSION,
@@ -64,7 +71,7 @@ def prepare_mixture(
             "token_bytes": first.token_bytes,
             "eot": first.eot,
             **({} if first.begin is None else {"begin": first.begin}),
-            **next(({"talk": talk} for part in parts if (talk := _talk(store, part)) is not None), {}),
+            **({"talk": talks[0][1]} if talks else {}),
             "parts": [{"digest": part.digest, "shards": _rows(store, part)} for part in parts],
             "phases": [{"from_batch": p.from_batch, "weights": list(p.weights)} for p in spec.phases],
             "tokenizer_sha256": first.tokenizer_digest,
@@ -85,6 +92,8 @@ def _with_tokenizer(spec: DataSpec, store: Store, made: list[DatasetRef], folder
     path, first = folder / "tokenizer.json", made[0]
     data = tokenizer_json(store, first)
     path.write_bytes(data)
+    for name, text in talk_files(store, first.digest).items():
+        (folder / name).write_text(text, encoding="utf-8")
     tokenizer = parse_tokenizer(data, "the first part's tokenizer")
     end = "" if first.eot is None else tokenizer.id_to_token(first.eot)
     begin = spec.begin_token if first.begin is None else tokenizer.id_to_token(first.begin)

@@ -455,6 +455,18 @@ def test_parts_of_a_mixture_and_of_validation(here: Path, store: Store) -> None:
     mixed = prepare(DataSpec.model_validate(tree), store)
     assert mixed.masked
     assert load_dataset_manifest(store, mixed.digest).talk == load_dataset_manifest(store, dataset.digest).talk
+    lines: list[str] = []
+    first = {"source": f"dataset:{dataset.digest}", "weight": 1}
+    again = prepare(DataSpec.model_validate({"mix": [first, parts[1]]}), store, say=lines.append)
+    assert load_dataset_manifest(store, again.digest).talk == load_dataset_manifest(store, dataset.digest).talk
+    assert not any("not all written" in line for line in lines), "whoever names no template has that of the first part"
+    other = prepare(written_by("{{ bos_token }}" + LEAVES), store)
+    prepare(
+        DataSpec.model_validate({"mix": [first, first | {"source": f"dataset:{other.digest}"}]}),
+        store,
+        say=lines.append,
+    )
+    assert any("not all written by the same chat template" in line and "data.mix[0]" in line for line in lines)
 
 
 @pytest.mark.parametrize(
