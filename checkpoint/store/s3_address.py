@@ -7,6 +7,7 @@ the environment and the profile (``s3.S3Store``).
 from __future__ import annotations
 
 import re
+from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from checkpoint.errors import StoreRefused
@@ -23,7 +24,12 @@ ENCRYPTION = ("AES256", "aws:kms", "aws:kms:dsse")
 
 
 def open_s3(url: str, retry: Retry | None = None) -> S3Store:
-    """The store at this address; StoreRefused for an address that is not one, with what is wrong."""
+    """The store at this address. StoreRefused as ``read_address`` and ``S3Store`` have it."""
+    return S3Store(**read_address(url), retry=retry)
+
+
+def read_address(url: str) -> dict[str, Any]:
+    """What an address says, as ``S3Store`` takes it; StoreRefused for one that is none, with what is wrong."""
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -50,18 +56,17 @@ def open_s3(url: str, retry: Retry | None = None) -> S3Store:
         raise StoreRefused(f"store {shown}: nobody pays for what nothing signs: leave anonymous or requester_pays out")
     sse, key = options.get("sse"), options.get("kms_key")
     _check_encryption(sse, key, shown)
-    return S3Store(
-        parts.netloc,
-        prefix,
-        endpoint=endpoint,
-        region=options.get("region"),
-        path_style=None if style is None else style == "1",
-        sse=sse,
-        kms_key=key,
-        anonymous="anonymous" in options,
-        requester_pays="requester_pays" in options,
-        retry=retry,
-    )
+    return {
+        "bucket": parts.netloc,
+        "prefix": prefix,
+        "endpoint": endpoint,
+        "region": options.get("region"),
+        "path_style": None if style is None else style == "1",
+        "sse": sse,
+        "kms_key": key,
+        "anonymous": "anonymous" in options,
+        "requester_pays": "requester_pays" in options,
+    }
 
 
 def _check_bucket(parts: SplitResult, shown: str) -> None:

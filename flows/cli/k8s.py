@@ -20,7 +20,7 @@ def k8s() -> None:
 
 
 def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, list[dict[str, Any]], str]:
-    from checkpoint.store import open_store
+    from checkpoint.store.s3_address import read_address
     from flows.drive.train import store_url
     from flows.show import foretell
     from k8s.render import render_launch
@@ -28,7 +28,7 @@ def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, 
 
     url = store_url(store)
     if url.lower().startswith("s3:"):
-        open_store(url)  # what is no address is refused here, not by pods; credentials in it would be in each of them
+        read_address(url)  # what is no address is refused here, not by pods; credentials in it would be in each of them
     plan, resolved, _ = foretell.compile_for(load_spec(spec, sets), store)
     run = f"{resolved.name}-{plan.config.what_digest.hex()[:6]}"
     return resolved, render_launch(resolved, plan, run=run, store_url=url), url

@@ -102,6 +102,12 @@ def test_an_object_of_the_same_name_made_by_someone_else(place: Place, server: A
     assert server.objects[JOBS_AT, name] == made
 
 
+def test_a_pods_store_needs_no_profile_of_who_renders(place: Place) -> None:
+    place.env["AWS_PROFILE"] = "of-nobody"
+    done = place.here("k8s", "render", "spec.toml", *SETS, "--store", "s3://bucket/p")
+    assert (done.code, "s3://bucket/p" in done.out) == (0, True)
+
+
 def test_an_address_with_credentials_is_not_rendered(place: Place, server: ApiServer) -> None:
     """They were in the arguments of each pod, for everybody who may look at pods."""
     url = "s3://bucket/p?endpoint=http://me:a-secret@host"
