@@ -448,11 +448,13 @@ class _Preparation:
                     f'written (Ġthe, ▁the), here and by others; write "decoder": {lacks} there'
                 )
             if self.spec.begin_token is None and (puts := template_begin(self.given.tokenizer)):
-                first = self.given.tokenizer.id_to_token(puts[0])
-                self.say(
-                    f"data: {self.given.what} puts {first} before a text, and documents begin without it here: "
-                    f'data.begin_token = "{first}" puts it there, "" says that none is meant'
-                )
+                first = str(self.given.tokenizer.id_to_token(puts[0]))
+                template = "" if self.form is None else self.form.template
+                if first not in template and "bos_token" not in template:
+                    self.say(
+                        f"data: {self.given.what} puts {first} before a text, and documents begin without it here: "
+                        f'data.begin_token = "{first}" puts it there, "" says that none is meant'
+                    )
             work.put(self.given.data, "tokenizer.json")
             return self.given.tokenizer.to_str().encode()
         if not work.there("tokenizer.json"):

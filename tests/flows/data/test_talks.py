@@ -330,6 +330,21 @@ def test_where_the_template_is_from(here: Path, store: Store) -> None:
     assert other.digest != dataset.digest, "a dataset is known by its template"
 
 
+def test_a_template_that_writes_the_first_token_is_not_told_to_do_so(here: Path, store: Store) -> None:
+    """As Llama's: its tokenizer puts one before a text, too."""
+    fill("c/a.jsonl", ASKED)
+    puts = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    number = load_tokenizer(store, prepare(spec_of(), store)).token_to_id("<s>")
+    made = {"special_tokens": {"<s>": {"id": "<s>", "ids": [number], "tokens": ["<s>"]}}, "type": "TemplateProcessing"}
+    made |= {"single": [puts, text[0]], "pair": [puts, *text]}
+    Path("m/tokenizer.json").write_text(json.dumps(GOLDEN["tokenizers"]["bytes"] | {"post_processor": made}))
+    for spec, told in ((spec_of(), True), (written_by("{{ bos_token }}" + LEAVES), False)):
+        lines: list[str] = []
+        prepare(spec, store, say=lines.append)
+        assert any("puts <s> before a text, and documents begin without it" in line for line in lines) == told
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
