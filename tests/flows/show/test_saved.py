@@ -66,4 +66,4 @@ def test_several_runs_are_asked_for_at_a_time() -> None:
             return super().get(key, **more)
 
     rows = summaries(Slow(), names)
-    assert [(row["run"], row["state"]) for row in rows] == [(name, "planned") for name in names]
+    assert [(row["run"], row["state"]) for row in rows] == [(name, "gone") for name in names]
