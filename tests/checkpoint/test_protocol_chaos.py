@@ -49,8 +49,8 @@ MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
 }
 SEEDS = {
     "a line by records": 9,
-    "slots are not held": 5,
-    "forks without a pin": 4,
+    "slots are not held": 3,
+    "forks without a pin": 1,
     "forks without amendments": 3,
     "heals an older attempt": 9,
 }
