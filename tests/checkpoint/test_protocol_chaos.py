@@ -50,7 +50,7 @@ MISTAKES: dict[str, tuple[Callable[[], AbstractContextManager[None]], str]] = {
 SEEDS = {
     "a line by records": 9,
     "slots are not held": 3,
-    "forks without a pin": 1,
+    "forks without a pin": 5,
     "forks without amendments": 3,
     "heals an older attempt": 9,
 }
