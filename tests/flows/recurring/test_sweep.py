@@ -84,6 +84,8 @@ def test_two_at_once_a_failure_holds_up_nobody_and_after_a_stop_none_begins(tmp_
             most[0] = max(most[0], going[0])
         if seed < 2:
             both.wait(60)  # two of them are here
+        if seed > 3:
+            stop.wait(60)  # one may have begun before that; the next has not
         try:
             if seed == 1:
                 raise PlanError("it does not fit")
