@@ -522,7 +522,7 @@ MESSAGE = st.dictionaries(WORDS, JSON | ROLES, max_size=4) | st.fixed_dictionari
 
 
 @given(JSON | st.lists(MESSAGE, max_size=6))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_record_is_refused_or_has_its_answers_in_their_places(value: object) -> None:
     form = ChatForm(LEAVES, (("eos_token", EOT),), (EOT, "<|im_start|>", "<|im_end|>"), EOT)
     try:
@@ -552,7 +552,7 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=9).map("".join))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_any_template_writes_or_is_told(template: str) -> None:
     form = ChatForm(template, (), (EOT,), EOT)
     try:
