@@ -20,7 +20,6 @@ def k8s() -> None:
 
 
 def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, list[dict[str, Any]], str]:
-    from checkpoint.store.s3_address import read_address
     from flows.drive.train import store_url
     from flows.show import foretell
     from k8s.render import render_launch
@@ -28,6 +27,8 @@ def _objects(spec: str, sets: tuple[str, ...], store: str | None) -> tuple[Any, 
 
     url = store_url(store)
     if url.lower().startswith("s3:"):
+        from checkpoint.store.s3_address import read_address
+
         read_address(url)  # what is no address is refused here, not by pods; credentials in it would be in each of them
     plan, resolved, _ = foretell.compile_for(load_spec(spec, sets), store)
     run = f"{resolved.name}-{plan.config.what_digest.hex()[:6]}"

@@ -332,8 +332,8 @@ def place(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "t.json").write_text('{"model": {"type": "BPE", "vocab": {"q": 0}, "merges": []}}')
     shutil.copytree(trained.place.folder / "store", tmp_path / "store")
 
-    def host(make: Callable[..., Prepared], *_: object, name: str = "", **__: object) -> int:
-        make(NoBoard(), lambda _: None) if name else make()
+    def host(make: Callable[..., Prepared], *_: object, **__: object) -> int:
+        make(NoBoard(), lambda _: None)
         return 0
 
     sleep = time.sleep
