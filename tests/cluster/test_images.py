@@ -159,7 +159,10 @@ def test_two_builds_at_once_both_give_what_they_were_asked_for(builder: ImageBui
 def test_the_agent_has_what_it_needs_and_no_more(images: dict[str, Image]) -> None:
     inside = files(images["agent"].archive)
     own = {n.removeprefix("opt/hotstage/") for n in inside if n.startswith("opt/hotstage/") and n.endswith(".py")}
-    wire = {f"trainer/wire/{n}.py" for n in ("__init__", "files", "kernels", "order", "packed", "plan", "unreadable")}
+    wire = {
+        f"trainer/wire/{n}.py"
+        for n in ("__init__", "boot", "files", "kernels", "order", "packed", "plan", "unreadable")
+    }
     assert {n for n in own if n.startswith("trainer/")} == {"trainer/__init__.py"} | wire
     assert {n.split("/")[0] for n in own} == {"checkpoint", "trainer"}
     pins = (HERE / "agent.requirements.txt").read_text().split()
