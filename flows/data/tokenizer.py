@@ -130,18 +130,22 @@ class GivenTokenizer:
         return None if name is None else self.tokenizer.token_to_id(name)
 
     @cached_property
+    def _before(self) -> tuple[dict[str, Any], ...]:
+        """What is done to a text before its model reads it."""
+        return (*_steps(self.tree.get("normalizer")), *_steps(self.tree.get("pre_tokenizer")))
+
+    @cached_property
     def of_bytes(self) -> bool:
         """Whether what its model reads are bytes, a letter each."""
-        steps = (*_steps(self.tree.get("normalizer")), *_steps(self.tree.get("pre_tokenizer")))
-        return any(step.get("type") == "ByteLevel" for step in steps)
+        return any(step.get("type") == "ByteLevel" for step in self._before)
 
     @property
     def undecoded(self) -> str:
         """The decoder that it lacks to give texts back, as its file holds one; empty where it has one or needs none."""
         if self.tree.get("decoder") is not None:
             return ""
-        steps = [*_steps(self.tree.get("normalizer")), *_steps(self.tree.get("pre_tokenizer"))]
-        marks = any(_MARK in (step.get("replacement"), step.get("content"), step.get("prepend")) for step in steps)
+        names = ("replacement", "content", "prepend")
+        marks = any(_MARK in map(step.get, names) for step in self._before)
         return _OF_BYTES if self.of_bytes else _OF_MARKS if marks else ""
 
     @cached_property

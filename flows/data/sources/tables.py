@@ -6,6 +6,7 @@ optional. Null is no text: such a row is refused, with its number.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import io
@@ -14,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -43,23 +45,38 @@ _ROWS = 256  # that are in memory at a time, where they are not of more bytes th
 _BYTES = 16 << 20
 
 
-class ParquetSource:
+@dataclass
+class _Rows:
+    """What is read of each row. ``more``: columns that a filter looks at; None: all. ``talk``: reads a conversation in
+    place of the text.
+    """
+
+    source: str
+    field: str
+    prompt: str | None
+    more: Sequence[str] | None
+    talk: TalkReader | None = None
+
+    def documents(self, rows: Sequence[Mapping[str, Any]], name: str, first: int, borne: Borne) -> Iterator[Document]:
+        if self.talk is None:
+            yield from _texts(rows, self.field, self.prompt, name, first, borne)
+            return
+        whole = self.more is None or bool(self.more)
+        for number, row in enumerate(rows, first + 1):
+            yield from self.talk.documents(row, functools.partial(_place, name, number), borne, whole)
+
+
+@dataclass
+class ParquetSource(_Rows):
     """``parquet:GLOB``; its row groups are read alone."""
 
-    def __init__(
-        self,
-        source: str,
-        field: str,
-        prompt: str | None,
-        more: Sequence[str] | None,
-        talk: TalkReader | None = None,
-    ) -> None:
-        self._source, self._field, self._prompt, self._more, self._talk = source, field, prompt, more, talk
-        self._seen: set[str] = set()  # columns that a file before has
+    _seen: set[str] = dataclasses.field(default_factory=set, init=False)  # columns that a file before has
+
+    def __post_init__(self) -> None:
         optional_module("pyarrow.parquet", "pyarrow", "parquet:")
 
     def look(self) -> list[Entry]:
-        entries = look_at_files(self._source)
+        entries = look_at_files(self.source)
         for folder, kind in sorted(_versioned(entry.name for entry in entries).items()):
             log.warning(
                 "%s is a table of %s, and rows that were deleted or replaced since stay in its files: all are read; "
@@ -75,12 +92,12 @@ class ParquetSource:
     def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
         """``first`` and ``last`` are of bytes: a row group is of the range in which it begins."""
         with opened_file(entry) as file, _table(file, entry) as table:
-            if self._talk is not None:
-                self._check_talk(table, entry, self._talk.key)
+            if self.talk is not None:
+                self._check_talk(table, entry, self.talk.key)
             else:
-                self._check(table, entry, self._field)
-            if self._prompt is not None:
-                self._check(table, entry, self._prompt)
+                self._check(table, entry, self.field)
+            if self.prompt is not None:
+                self._check(table, entry, self.prompt)
             columns = self._columns(table)
             row, groups = 0, table.metadata.num_row_groups
             for number in range(groups):
@@ -90,16 +107,13 @@ class ParquetSource:
                     rows = max(1, min(_ROWS, _BYTES * group.num_rows // max(1, _bytes_of(group, columns))))
                     for batch in table.iter_batches(rows, [number], columns, use_threads=False):
                         held = _listed(batch, entry.name, row)
-                        if self._talk is not None:
-                            yield from _talks(held, self._talk, self._more, entry.name, row, borne)
-                        else:
-                            yield from _rows(held, self._field, self._prompt, entry.name, row, borne)
+                        yield from self.documents(held, entry.name, row, borne)
                         row += batch.num_rows
                 else:
                     row += group.num_rows
 
     def _check(self, table: Any, entry: Entry, field: str) -> None:
-        schema, key = table.schema_arrow, "data.prompt_field" if field == self._prompt else "data.field"
+        schema, key = table.schema_arrow, "data.prompt_field" if field == self.prompt else "data.field"
         if field not in schema.names:
             if field in self._seen:
                 shown = ", ".join(map(repr, schema.names[:8])) or "none"
@@ -107,7 +121,7 @@ class ParquetSource:
                     f"{entry.name} has no column {field!r}, as the files before it have; its columns are {shown}: "
                     "name it so there, or leave the file out of data.source"
                 )
-            mine = (self._field, self._prompt)
+            mine = (self.field, self.prompt)
             texts = [name for name in schema.names if name not in mine and _is_text(schema.field(name).type)]
             raise DatasetError(_no_column(entry.name, field, schema.names, texts, key))
         if schema.names.count(field) > 1:
@@ -131,17 +145,17 @@ class ParquetSource:
             raise _no_talk(entry.name, key, schema.names, kind, talks)
 
     def _columns(self, table: Any) -> list[str] | None:
-        if self._more is None:
+        if self.more is None:
             return None
-        schema, more = table.schema_arrow, self._more
-        if self._talk is not None:
-            return _columns_of(schema.names, self._talk.key, None, (*more, *TALK_BESIDE))
-        if self._prompt is not None:
+        schema, more = table.schema_arrow, self.more
+        if self.talk is not None:
+            return _columns_of(schema.names, self.talk.key, None, (*more, *TALK_BESIDE))
+        if self.prompt is not None:
             more = (
                 *more,
                 *(name for name in BESIDE if schema.names.count(name) == 1 and _is_text(schema.field(name).type)),
             )
-        return _columns_of(schema.names, self._field, self._prompt, more)
+        return _columns_of(schema.names, self.field, self.prompt, more)
 
 
 def _versioned(names: Iterable[str]) -> dict[str, str]:
@@ -312,7 +326,7 @@ class _Seekable(io.RawIOBase):
         return len(data)
 
 
-def _rows(
+def _texts(
     rows: Sequence[Mapping[str, Any]],
     field: str,
     prompt_field: str | None,
@@ -340,18 +354,6 @@ def _rows(
         yield Document(where, whole_pairs(_lines_of(text), where, borne), more, prompt=prompt)
 
 
-def _talks(
-    rows: Sequence[Mapping[str, Any]],
-    talk: TalkReader,
-    more: Sequence[str] | None,
-    name: str,
-    first: int,
-    borne: Borne,
-) -> Iterator[Document]:
-    for number, row in enumerate(rows, first + 1):
-        yield from talk.documents(row, functools.partial(_place, name, number), borne, more is None or bool(more))
-
-
 def _lines_of(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
@@ -360,72 +362,59 @@ def _place(name: str, number: int) -> str:
     return f"{name}, row {number:,}"
 
 
-class HubSource:
+class HubSource(_Rows):
     """``hf:…``; rows are read alone. Each worker opens it for itself, from the library's cache."""
-
-    def __init__(
-        self,
-        source: str,
-        field: str,
-        prompt: str | None,
-        more: Sequence[str] | None,
-        talk: TalkReader | None = None,
-    ) -> None:
-        self._source, self._field, self._prompt, self._more, self._talk = source, field, prompt, more, talk
 
     def look(self) -> list[Entry]:
         _hub.cache_clear()  # there may be another one by now
-        table = _hub(self._source)
+        table = _hub(self.source)
         names = table.column_names
-        if self._talk is not None and not _spoken(table.features.get(self._talk.key, "")):
-            key, talks = self._talk.key, [name for name in names if _spoken(table.features[name])]
+        if self.talk is not None and not _spoken(table.features.get(self.talk.key, "")):
+            key, talks = self.talk.key, [name for name in names if _spoken(table.features[name])]
             kind = _kind_of(table, key) if key in names else None
-            raise _no_talk(f"data.source {self._source!r}", key, names, kind, talks)
-        for field, key in ((self._field, "data.field"), (self._prompt, "data.prompt_field")):
-            if field is None or self._talk is not None:
+            raise _no_talk(f"data.source {self.source!r}", key, names, kind, talks)
+        for field, key in ((self.field, "data.field"), (self.prompt, "data.prompt_field")):
+            if field is None or self.talk is not None:
                 continue
             texts = [name for name in names if _kind_of(table, name) in _TEXTS]
             if field not in names:
-                others = [name for name in texts if name not in (self._field, self._prompt)]
-                raise DatasetError(_no_column(f"data.source {self._source!r}", field, names, others, key))
+                others = [name for name in texts if name not in (self.field, self.prompt)]
+                raise DatasetError(_no_column(f"data.source {self.source!r}", field, names, others, key))
             if field not in texts:
                 mend = f"; columns of text are {', '.join(texts[:5])} ({key})" if texts else "; write its texts as one"
                 mend = f": it is a conversation, {A_TALK}" if _spoken(table.features[field]) else mend
                 raise DatasetError(
-                    f"data.source {self._source!r}: its column {field!r} is of type {_kind_of(table, field)}, not of "
+                    f"data.source {self.source!r}: its column {field!r} is of type {_kind_of(table, field)}, not of "
                     f"text{mend}"
                 )
         if not len(table):
-            raise DatasetError(f"data.source {self._source!r} has no rows; the corpus is empty")
+            raise DatasetError(f"data.source {self.source!r} has no rows; the corpus is empty")
         size = sum(int(file["size"]) for file in _files(table)) or len(table) * 1024
-        return [Entry(self._source, size, f"{table._fingerprint} {len(table)}")]
+        return [Entry(self.source, size, f"{table._fingerprint} {len(table)}")]
 
     def divides(self, entry: Entry) -> bool:
         return True
 
     def read(self, entry: Entry, first: int, last: int, borne: Borne) -> Iterator[Document]:
         """``first`` and ``last`` are of bytes as far as the look could tell: rows are taken in proportion."""
-        table = _hub(self._source)
+        table = _hub(self.source)
         if f"{table._fingerprint} {len(table)}" != entry.mark:
-            raise DatasetError(f"{self._source} changed while it was read; start again when nobody writes there")
+            raise DatasetError(f"{self.source} changed while it was read; start again when nobody writes there")
         rows = len(table)
         begin, end = rows * first // entry.size, rows if last < 0 else rows * last // entry.size
-        if self._more is not None:
-            beside = BESIDE if self._prompt is not None else ()
-            more = (*self._more, *(n for n in beside if n in table.column_names and _kind_of(table, n) in _TEXTS))
-            if self._talk is not None:
-                more = (*self._more, *TALK_BESIDE)
-            must = self._field if self._talk is None else self._talk.key
-            table = table.select_columns(_columns_of(table.column_names, must, self._prompt, more))
+        if self.more is not None:
+            beside = BESIDE if self.prompt is not None else ()
+            more = (*self.more, *(n for n in beside if n in table.column_names and _kind_of(table, n) in _TEXTS))
+            if self.talk is not None:
+                more = (*self.more, *TALK_BESIDE)
+            must = self.field if self.talk is None else self.talk.key
+            table = table.select_columns(_columns_of(table.column_names, must, self.prompt, more))
         step = max(1, min(_ROWS, _BYTES * rows // entry.size))
         for at in range(begin, end, step):
-            with _by_datasets(f"{self._source}, rows {at + 1:,} to {min(at + step, end):,} cannot be read"):
+            with _by_datasets(f"{self.source}, rows {at + 1:,} to {min(at + step, end):,} cannot be read"):
                 columns = table[at : min(at + step, end)]
             batch = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-            if self._talk is not None:
-                yield from _talks(batch, self._talk, self._more, self._source, at, borne)
-            else:
-                yield from _rows(batch, self._field, self._prompt, self._source, at, borne)
+            yield from self.documents(batch, self.source, at, borne)
 
 
 _TEXTS = ("string", "large_string", "string_view")
