@@ -20,7 +20,7 @@ from checkpoint.store import Store
 from flows.data import load_tokenizer, prepare, validation_of
 from flows.data.sources import open_source
 from flows.drive.begin_from import begin
-from flows.drive.evaluations import NO_DATA
+from flows.drive.evaluations import NO_DATA, own_data
 from flows.drive.room import lacking_memory
 from flows.drive.run import (
     Board,
@@ -77,9 +77,8 @@ def _check_evaluations(prepared: Prepared, store: Store, say: Callable[[str], No
     if not wanted.source and validation_of(store, prepared.dataset) is None:
         raise SpecError(f"validation.every is {wanted.every}, and {NO_DATA}")
     if wanted.source and not wanted.source.startswith("dataset:"):
-        own = {key: getattr(wanted, key) for key in ("source", "field", "prompt_field", "messages")}
         try:
-            open_source(DataSpec.model_validate(own)).look()
+            open_source(own_data(wanted)).look()
         except DatasetError as error:
             raise DatasetError(f"validation.source: {error}") from error
 

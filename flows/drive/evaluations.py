@@ -28,7 +28,8 @@ from flows.drive.replays import EXIT_REFUSED, spare_cores
 from trainer.cores import usable_cpus
 from trainer.engine_path import engine_binary
 from trainer.errors import LaunchError
-from trainer.spec import RunSpec
+from trainer.spec import DataSpec, RunSpec
+from trainer.spec_watch import ValidationSpec
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ NO_DATA = (
     "there is nothing to validate on: the run's dataset has no validation part (data.validation makes one); set "
     "validation.source, such as text:held-out/*.txt"
 )
+_OWN = ("source", "field", "prompt_field", "messages")
 CANDIDATES = 64
 MOST_FAILURES = 3
 MORE_S = 600.0
@@ -64,6 +66,11 @@ def lacking(spec: RunSpec, step: int, last: int, row: Evaluation | None) -> list
     return names + [
         e.name for e in spec.eval if due(e.every, step, stored, last) and (row is None or e.name not in row.commands)
     ]
+
+
+def own_data(wanted: ValidationSpec) -> DataSpec:
+    """What ``validation.source`` and the keys beside it name, as data."""
+    return DataSpec.model_validate({key: getattr(wanted, key) for key in _OWN})
 
 
 @dataclass

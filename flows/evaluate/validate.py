@@ -8,10 +8,8 @@ result does not depend on an order either.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +17,10 @@ import numpy.typing as npt
 from checkpoint import keys
 from checkpoint.errors import NotFound
 from checkpoint.store import Store
-from flows.data import load_tokenizer, prepare, tokenizer_json, validation_of
-from flows.drive.evaluations import NO_DATA
+from flows.data import prepare, validation_of
+from flows.drive.evaluations import NO_DATA, own_data
 from flows.drive.run import Prepared
-from flows.drive.their_tokenizer import run_tokenizer
+from flows.drive.their_tokenizer import run_tokenizer, with_tokenizer
 from flows.show.export import Inference
 from trainer.dataset import HEADER_BYTES, DatasetRef, counts_of, without_mask
 from trainer.errors import DatasetError, SpecError
@@ -62,16 +60,8 @@ def validation_data(store: Store, prepared: Prepared, say: Callable[[str], None]
                 "other texts; give the text itself (text:… or jsonl:…)"
             )
         return other
-    tokenizer = load_tokenizer(store, dataset)
-    end, begin = ("" if token is None else tokenizer.id_to_token(token) for token in (dataset.eot, dataset.begin))
-    with tempfile.TemporaryDirectory(prefix="hotstage-validation-") as folder:
-        path = Path(folder) / "tokenizer.json"
-        path.write_bytes(tokenizer_json(store, dataset))
-        for name, text in run_tokenizer(store, prepared.run).beside.items():
-            (path.parent / name).write_text(text, encoding="utf-8")
-        own = {key: getattr(wanted, key) for key in ("source", "field", "prompt_field", "messages")}
-        own |= {"tokenizer": str(path), "end_token": end, "begin_token": begin}
-        return prepare(DataSpec.model_validate(own), store, say=say)
+    with with_tokenizer(own_data(wanted), run_tokenizer(store, prepared.run)) as data:
+        return prepare(data, store, say=say)
 
 
 def validate(
