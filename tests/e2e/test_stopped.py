@@ -16,6 +16,7 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -88,11 +89,7 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     process = place.start_train()
     before = steps()
     with caught(place.folder, lambda: steps() > before, "a step"):
-        process.send_signal(signal.SIGTERM)
-        assert process.stderr is not None
-        while b"stopping: the gang" not in process.stderr.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
+        stop_twice(process, process.stderr)
     done = finish(process)
     assert done.code in (128 + signal.SIGTERM, STOPPED), done.err
     place.all_gone()
@@ -106,6 +103,15 @@ def test_stopped_at_named_moments(place: Place, undisturbed: tuple[str, str]) ->
     assert json.loads(place.said("runs", "show", run, "--json"))["state"] == "succeeded"
 
 
+def stop_twice(process: subprocess.Popen[bytes], said: IO[bytes] | None) -> None:
+    """Again once it says that the gang is stopping."""
+    process.send_signal(signal.SIGTERM)
+    assert said is not None
+    while b"stopping: the gang" not in said.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+
+
 def test_a_sweep_that_is_left_at_once_has_all_its_gangs_save_and_end(place: Place) -> None:
     grid = ("--grid", "train.seed=1,2", "--at-once", "2", "--set", "train.steps=1000000")
     process = place.start("sweep", "spec.toml", *grid, "--no-prefect")
@@ -115,11 +121,7 @@ def test_a_sweep_that_is_left_at_once_has_all_its_gangs_save_and_end(place: Plac
         return len({one.parts[-5] for one in runs.glob("*/live/*/metrics/*") if one.stat().st_size}) == 2
 
     wait_for(lambda: steps() or process.poll() is not None, "steps of both", 60)
-    process.send_signal(signal.SIGTERM)
-    assert process.stdout is not None
-    while b"stopping: the gang" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    stop_twice(process, process.stdout)
     done = finish(process)
     assert done.code in (128 + signal.SIGTERM, STOPPED), done.err
     place.all_gone()

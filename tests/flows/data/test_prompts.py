@@ -21,7 +21,7 @@ from flows.data import documents, load_dataset, load_tokenizer, prepare, validat
 from tests.support.shards import masked_shard
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError
-from trainer.spec import DataSpec, parse_spec
+from trainer.spec import DataSpec, RunSpec, parse_spec
 
 Chat = Sequence[Mapping[str, Any]]
 CHATS: Chat = [
@@ -40,6 +40,18 @@ def store(here: Path) -> Store:
 
 def fill(name: str, chats: Chat = CHATS) -> None:
     Path(name).write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+
+def spec_with(data: Mapping[str, Any]) -> RunSpec:
+    """The least spec around these data."""
+    return parse_spec(
+        {
+            "name": "x",
+            "model": {"family": "gpt2", "layers": 1, "width": 8, "heads": 1, "context": 16},
+            "data": data,
+            "train": {"steps": 9, "batch": 2, "microbatch": 1, "sequence": 16},
+        }
+    )
 
 
 def spec_of(source: str = "jsonl:c/*.jsonl", **more: Any) -> DataSpec:
@@ -190,14 +202,8 @@ def test_a_table_without_prompts(here: Path, store: Store, columns: dict[str, An
     ],
 )
 def test_a_spec_that_cannot_be(data: dict[str, Any], words: str) -> None:
-    tree = {
-        "name": "x",
-        "model": {"family": "gpt2", "layers": 1, "width": 8, "heads": 1, "context": 16},
-        "data": data,
-        "train": {"steps": 9, "batch": 2, "microbatch": 1, "sequence": 16},
-    }
     with pytest.raises(SpecError, match=words):
-        parse_spec(tree)
+        spec_with(data)
 
 
 def test_nothing_but_prompts_is_no_corpus(here: Path, store: Store) -> None:

@@ -19,12 +19,12 @@ from flows.data import documents, load_tokenizer, prepare, validation_of
 from flows.data.chat_form import MAX_TEMPLATE, form_of
 from flows.data.sources.talk import MAX_MESSAGES, ChatForm, read_messages, talk_texts
 from flows.data.tokenizer import given_tokenizer
-from tests.flows.data.test_prompts import held
+from tests.flows.data.test_prompts import held, spec_with
 from tests.reference.golden import FOLDER
 from tests.support.shards import masked_shard
 from trainer.dataset import DatasetRef
 from trainer.errors import DatasetError, SpecError
-from trainer.spec import DataSpec, parse_spec
+from trainer.spec import DataSpec
 
 GOLDEN = json.loads((FOLDER / "talks" / "talks.json").read_text(encoding="utf-8"))
 EOT = "<|endoftext|>"
@@ -499,14 +499,8 @@ def test_parts_of_a_mixture_and_of_validation(here: Path, store: Store) -> None:
     ],
 )
 def test_a_spec_that_cannot_be(data: dict[str, Any], words: str) -> None:
-    tree = {
-        "name": "x",
-        "model": {"family": "gpt2", "layers": 1, "width": 8, "heads": 1, "context": 16},
-        "data": data,
-        "train": {"steps": 9, "batch": 2, "microbatch": 1, "sequence": 16},
-    }
     with pytest.raises(SpecError, match=words):
-        parse_spec(tree)
+        spec_with(data)
 
 
 JSON = st.recursive(
