@@ -161,7 +161,7 @@ def _fold(store: Store, run: str, record: Record, state: RunState | None, tally:
 
 def _beginning(store: Store, state: RunState, level: Level, tally: _Tally) -> None:
     """The parent's checkpoint that a fork begins from, where it has nothing of its own to go on from."""
-    parent = next((i.body for i in state.interventions if i.body["kind"] == "parent"), None)
+    parent = state.parent
     if parent is None or state.restore_candidates():
         return
     run, number = str(parent["run"]), int(parent["checkpoint"])

@@ -107,6 +107,11 @@ class RunState:
         at = bisect_left(self.attempts, epoch, key=_number)
         return self.attempts[at] if at < len(self.attempts) and self.attempts[at].n == epoch else None
 
+    @property
+    def parent(self) -> Mapping[str, Any] | None:
+        """What a fork's log says of the run that it is of (flows/drive/fork.py): run, checkpoint record and step."""
+        return next((i.body for i in self.interventions if i.body.get("kind") == "parent"), None)
+
     def listed(self) -> list[CheckpointInfo]:
         """The valid checkpoints as people see them, newest last: by attempt, then step (uploads end in any order)."""
         return sorted(self.checkpoints, key=lambda c: (c.epoch, c.step))

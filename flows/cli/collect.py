@@ -45,7 +45,6 @@ def unpin_checkpoint(run: str, name: str, store: str | None) -> int:
     from checkpoint.collect.pins import unpin
     from checkpoint.keys import is_run
     from checkpoint.log import RunLog
-    from flows.drive.line import parent_of
     from flows.drive.run import find_run
     from flows.drive.train import store_at
     from trainer.errors import SpecError
@@ -61,7 +60,7 @@ def unpin_checkpoint(run: str, name: str, store: str | None) -> int:
     say(f"{found}: the pin {name} is gone")
     if name.startswith("fork-") and is_run(name):
         child = RunLog(opened, name.removeprefix("fork-")).fold(quick=True)
-        parent = parent_of(child)
+        parent = child.parent
         if parent is not None and parent["run"] == found and not child.restore_candidates():
             say(
                 f"{child.run} has saved nothing of its own: once that checkpoint is given up it cannot begin; "

@@ -34,7 +34,6 @@ from flows.data.prepare import telling
 from flows.data.tokenizer import given_tokenizer
 from flows.drive.fork import begin_at, check_beginning
 from flows.drive.hf_beside import keep_beside
-from flows.drive.line import parent_of
 from flows.drive.run import (
     Prepared,
     as_begun,
@@ -115,7 +114,7 @@ def begin(store: Store, child: Prepared, weights: Weights | None, *, say: Say = 
     ``weights``: None where the spec names their digest alone; SpecError where no run of the store holds them then.
     """
     create_run(child, store)
-    began = parent_of(RunLog(store, child.run).fold(quick=True))
+    began = RunLog(store, child.run).fold(quick=True).parent
     if began is not None:
         return str(began["run"])
     tokenizer = load_tokenizer(store, child.dataset)

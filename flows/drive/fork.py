@@ -12,7 +12,6 @@ from checkpoint.log import CheckpointInfo, RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
 from flows.data import load_dataset, load_tokenizer, prepare
-from flows.drive.line import parent_of
 from flows.drive.run import Prepared, check_layouts, create_run, load_what, run_name, spec_tree
 from flows.drive.their_tokenizer import check_tokenizer, run_tokenizer, with_tokenizer
 from flows.drive.views import some_steps
@@ -159,7 +158,7 @@ def begin_at(
 def check_beginning(store: Store, run: str, parent: str | None = None, checkpoint: int | None = None) -> None:
     """SpecError where the run has begun already, but not from a parent (that parent, that checkpoint of it)."""
     there = RunLog(store, run).fold(quick=True)
-    begun = parent_of(there)
+    begun = there.parent
     if there.n and begun is None:
         raise SpecError(
             f"run {run} is there already, and began from its own initial weights; give this one another name "

@@ -26,7 +26,6 @@ from flows.data import may_end, vocab_of
 from flows.data.chat_form import form_beside, talk_files
 from flows.data.sources.talk import turn_end
 from flows.data.tokenizer import id_of, is_token
-from flows.drive.line import parent_of
 from trainer.errors import DatasetError, SpecError
 from trainer.models.hf_config import end_token_ids, read_config
 from trainer.spec_hints import not_utf8
@@ -82,7 +81,7 @@ def beside_of(store: Store, run: str) -> Beside:
             data = store.get(keys.beside_key(run), max_bytes=MAX_BYTES)
             files = codec.unpack_hint(data, "what lay beside the weights", max_bytes=MAX_BYTES)["files"]
             return {str(name): str(text) for name, text in files.items()}
-        parent = parent_of(RunLog(store, run).fold(quick=True))
+        parent = RunLog(store, run).fold(quick=True).parent
         run = run if parent is None else str(parent["run"])
     return {}
 

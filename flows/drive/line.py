@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from checkpoint.log import RunState, StartPoint
-
-
-def parent_of(state: RunState) -> Mapping[str, Any] | None:
-    """The parent that a forked run's log names (flows/drive/fork.py): its run, checkpoint record and step."""
-    return next((i.body for i in state.interventions if i.body.get("kind") == "parent"), None)
 
 
 def beginning_of(state: RunState) -> StartPoint:
     """Where the run began: at the step of its parent's checkpoint, or at 0."""
-    parent = parent_of(state)
+    parent = state.parent
     return StartPoint(None, int(parent["step"]) if parent else 0)
 
 

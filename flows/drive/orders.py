@@ -22,7 +22,7 @@ from checkpoint.log import RunLog, RunState, StartPoint
 from checkpoint.store import Store
 from flows.drive.amend import Wish, amend, amended_words
 from flows.drive.history import recent
-from flows.drive.line import beginning_of, parent_of
+from flows.drive.line import beginning_of
 from flows.drive.persons import who
 from flows.drive.run import (
     Prepared,
@@ -109,7 +109,7 @@ def _check_parent(store: Store, state: RunState) -> None:
     """SpecError where a fork would go back to its beginning, and its parent's checkpoint is no more: what it has saved
     since would be left for nothing.
     """
-    parent = parent_of(state)
+    parent = state.parent
     if parent is None:
         return
     theirs = RunLog(store, str(parent["run"])).fold(quick=True)

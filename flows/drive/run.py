@@ -26,7 +26,6 @@ from checkpoint.store import Store
 from checkpoint.store.base import is_hint
 from flows.data import load_dataset
 from flows.drive.decide import opened, superseded
-from flows.drive.line import parent_of
 from flows.drive.persons import who
 from flows.drive.views import AttemptView, LogView, OrderView, Policy, RunLayout, Saves, StartAttempt
 from trainer.dataset import DatasetRef
@@ -383,7 +382,7 @@ def _begun(store: Store, run: str) -> RunState:
     """As `readable`. SpecError where the run begins from weights that are not stored whole yet: it would begin from
     random ones."""
     state = readable(store, run)
-    whole = parent_of(state) is not None or state.at_step() is not None
+    whole = state.parent is not None or state.at_step() is not None
     if not whole and load_what(store, run)["model"].get("init"):
         raise SpecError(
             f"run {run} begins from weights that were not stored to their end (model.init): `hotstage train` with its "
@@ -460,7 +459,7 @@ def attempt_view(a: AttemptInfo) -> AttemptView:
 
 def fold_view(state: RunState) -> LogView:
     """A folded log as the driver's plain data."""
-    parent, points, best = parent_of(state), state.checkpoints, state.restore_candidates()
+    parent, points, best = state.parent, state.checkpoints, state.restore_candidates()
     return LogView(
         attempts=tuple(attempt_view(a) for a in state.attempts),
         checkpoints=Saves(points.n, points.step, points.epoch),

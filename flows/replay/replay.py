@@ -24,7 +24,6 @@ from checkpoint.keys import address_key
 from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import refuse_newer
 from checkpoint.store import Store
-from flows.drive.line import parent_of
 from flows.drive.replays import EXIT_DIFFERS
 from flows.drive.room import lacking_memory
 from flows.drive.run import Prepared, load_spec_of
@@ -225,7 +224,7 @@ def _range(run: str, state: RunState, first: int | None, last: int | None) -> tu
 
 def _begin(store: Store, run: str, state: RunState, step: int) -> Origin:
     """The point that the steps after ``step`` begin from."""
-    info, parent = state.at_step(step), parent_of(state)
+    info, parent = state.at_step(step), state.parent
     if info is not None:
         refuse_newer(store, run, info)
         return Origin(step, run, info)

@@ -14,7 +14,7 @@ from checkpoint.log import AttemptInfo, CheckpointInfo, RunLog, RunState
 from checkpoint.read import load_manifest
 from checkpoint.store import Store
 from flows.drive.hours import recoveries, worked
-from flows.drive.line import ordered_back, parent_of
+from flows.drive.line import ordered_back
 from flows.drive.live import load_curve, on_line, read_curve
 from flows.drive.orders import describe
 from flows.drive.persons import founder
@@ -125,7 +125,7 @@ def details(store: Store, run: str) -> dict[str, Any]:
         "reason": state.ended.reason if state.ended and not opened_again(state) else "",
         "unreadable": state.unreadable,
         "dataset": what["data"]["digest"],
-        "parent": {key: parent[key] for key in ("run", "step")} if (parent := parent_of(state)) else None,
+        "parent": {key: parent[key] for key in ("run", "step")} if (parent := state.parent) else None,
         "mixed": read_so_far(store, what, next((c.data_position for c in state.restore_candidates()), 0)),
         "orders": describe(state),
         "replays": {"steps": kept.steps, "differ": list(kept.differ)},

@@ -26,7 +26,7 @@ from checkpoint.keys import tracked_key
 from checkpoint.log import RunLog, RunState
 from checkpoint.store import Store
 from flows.drive.events import Event
-from flows.drive.line import beginning_of, ordered_back, parent_of
+from flows.drive.line import beginning_of, ordered_back
 from flows.drive.live import load_evaluations
 from flows.tracking.history import lines_between
 from flows.tracking.mlflow_run import MlflowWriter
@@ -147,7 +147,7 @@ class Tracker:
     def _open(self) -> None:
         """From the run's own log: where its line begins, of whom it is a fork."""
         state = self._state = RunLog(self.store, self.run).fold(quick=True)
-        back, parent = [sent for sent in ordered_back(state) if sent[0] <= state.n], parent_of(state)
+        back, parent = [sent for sent in ordered_back(state) if sent[0] <= state.n], state.parent
         branch, begins = back[-1] if back else (0, beginning_of(state).step)
         about = About(
             run=self.run,

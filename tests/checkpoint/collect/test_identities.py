@@ -21,7 +21,6 @@ from checkpoint.store.s3 import S3Store
 from checkpoint.store.s3_address import open_s3
 from checkpoint.verify import verify_run
 from flows.drive.begin import prepare_run
-from flows.drive.line import parent_of
 from flows.show.collected import collected_lines
 from tests.reference.golden import FOLDER
 from tests.support.s3_server import BUCKET, POLICIES, ROLES, S3Server
@@ -160,7 +159,7 @@ def test_a_driver_stores_weights_that_a_run_begins_from(stores: dict[str, Store]
     train = {"steps": 1, "batch": 1, "microbatch": 1, "sequence": 16}
     spec = {"name": "taken", "model": model, "train": train, "data": {"source": f"text:{FOLDER}/README.md"}}
     run = prepare_run(parse_spec(spec), stores["driver"])
-    began = parent_of(RunLog(stores["reader"], run.run).fold())
+    began = RunLog(stores["reader"], run.run).fold().parent
     assert began is not None
     assert verify_run(stores["reader"], str(began["run"]), "full").ok
 

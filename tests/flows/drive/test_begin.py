@@ -25,7 +25,6 @@ from flows.data.shards import write_dataset
 from flows.drive.begin import prepare_run
 from flows.drive.events import Event
 from flows.drive.fork import fork_run
-from flows.drive.line import parent_of
 from flows.drive.run import ask_run, create_run, load_run, load_what, ready_store, run_names
 from flows.drive.weights import folder_weights
 from flows.show.export import Inference, checkpoint_at, export_hf
@@ -97,7 +96,7 @@ def test_a_run_that_begins_from_a_folder_trains_as_torch_does(imported: Imported
     assert run.result().outcome == "succeeded"
     np.testing.assert_allclose([losses[n] for n in sorted(losses)], case.losses(), rtol=LOSS)
     assert load_what(case.store, run.name)["model"]["init"] == f"weights:{case.told['weights_digest']}"
-    assert parent_of(RunLog(case.store, run.name).fold())["run"] == case.run  # type: ignore[index]
+    assert RunLog(case.store, run.name).fold().parent["run"] == case.run  # type: ignore[index]
     assert prepare_run(spec, case.store).run == run.name, "the same spec attaches"
 
 
@@ -191,7 +190,7 @@ def test_a_checkpoint_of_a_run_is_a_beginning(imported: Imported) -> None:
     run = prepare_run(spec, case.store)
     info, manifest = checkpoint_at(case.store, case.run, 0)
     assert load_what(case.store, run.run)["model"]["init"] == f"state:{info.state_digest}"
-    began = parent_of(RunLog(case.store, run.run).fold())
+    began = RunLog(case.store, run.run).fold().parent
     assert began is not None
     _, copied = checkpoint_at(case.store, str(began["run"]), 0)
     assert copied.run != manifest.run
@@ -260,14 +259,14 @@ def test_killed_anywhere_the_next_one_goes_on(imported: Imported, after: bool) -
             deaths += 1
         for name in run_names(store):  # no driver takes up what is half made, the weights' own run neither
             state = RunLog(store, name).fold()
-            if parent_of(state) is None and state.at_step() is None:
+            if state.parent is None and state.at_step() is None:
                 seen.add("-import-" in name)
                 with pytest.raises(SpecError, match="not stored to their end"):
                     load_run(store, name)
     assert deaths > 15
     assert seen == {False, True}
     store.left = 1 << 30
-    began = parent_of(RunLog(store, run.run).fold())
+    began = RunLog(store, run.run).fold().parent
     assert began is not None
     assert verify_run(store, str(began["run"]), "full").ok
     theirs, ours = (checkpoint_at(s, r, 0)[1] for s, r in ((case.store, case.run), (store, str(began["run"]))))
@@ -290,7 +289,7 @@ def test_each_firing_of_a_schedule_begins_from_them(imported: Imported) -> None:
     case = imported("gpt2-untied-f32")
     spec = case.training()
     names = [prepare_run(spec, case.store, suffix=suffix).run for suffix in ("t1", "t2")]
-    parents = [parent_of(RunLog(case.store, name).fold()) for name in names]
+    parents = [RunLog(case.store, name).fold().parent for name in names]
     assert names[0].removesuffix("-t1") == names[1].removesuffix("-t2")
     assert parents[0] == parents[1]
     assert parents[0] is not None

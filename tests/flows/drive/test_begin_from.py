@@ -20,7 +20,6 @@ from checkpoint.store import Store
 from checkpoint.verify import verify_run
 from flows.drive.begin import prepare_run
 from flows.drive.begin_from import Imported, import_run
-from flows.drive.line import parent_of
 from flows.show.export import checkpoint_at, export_hf
 from tests.flows.conftest import Trained
 from trainer.errors import SpecError
@@ -79,7 +78,7 @@ def test_the_same_bits_come_out_again(
     assert (manifest.step, manifest.samples) == (0, 0)
     for tensor in manifest.tensors:
         assert not any(reader.read(tensor.name, EXP_AVG)) and not any(reader.read(tensor.name, EXP_AVG_SQ))  # noqa: PT018
-    began = parent_of(RunLog(store, made.run).fold())
+    began = RunLog(store, made.run).fold().parent
     assert began is not None
     assert (began["run"], began["step"], began["state_digest"]) == (made.parent, 0, manifest.state_digest.hex())
     assert made.run == prepare_run(spec, store).run, "the run of the spec itself"

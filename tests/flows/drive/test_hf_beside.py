@@ -25,7 +25,6 @@ from flows.data import prepare
 from flows.data.sources.talk import Message
 from flows.drive.begin import prepare_run
 from flows.drive.hf_beside import beside_of, beside_with_talk, ends_of, keep_beside, read_beside, tokenizer_config_of
-from flows.drive.line import parent_of
 from flows.drive.their_tokenizer import tokenizer_of
 from flows.evaluate.validate import validation_data
 from flows.show.export import export_hf
@@ -94,7 +93,7 @@ def test_a_chat_model_goes_out_with_all_that_came_in_beside_it(
     spec = load_spec(tmp_path / "x.toml", ["data.prompt_field=prompt", "train.sequence=16"])
     child = prepare_run(spec, case.store)
     shutil.rmtree(folder)
-    (held,) = {str(parent_of(RunLog(case.store, child.run).fold())["run"])}  # type: ignore[index]
+    (held,) = {str(RunLog(case.store, child.run).fold().parent["run"])}  # type: ignore[index]
     assert beside_of(case.store, child.run) == beside_of(case.store, held) != {}, "whoever trains on has them"
 
     stored = without_mask(_tokens(case.store, child.dataset))
@@ -172,7 +171,7 @@ def test_talks_are_written_by_the_template_that_came_with_the_weights(
     other = validation_data(case.store, child, lambda _: None)
     assert (other.tokens, other.counted) == (child.dataset.tokens, child.dataset.counted)
 
-    (held,) = {str(parent_of(RunLog(case.store, child.run).fold())["run"])}  # type: ignore[index]
+    (held,) = {str(RunLog(case.store, child.run).fold().parent["run"])}  # type: ignore[index]
     for run in (held, child.run):
         theirs = tokenizer_of(case.store, f"run:{run}@0")
         assert theirs is not None

@@ -13,7 +13,7 @@ import pytest
 from checkpoint.log import RunLog
 from checkpoint.store import open_store
 from flows.drive.begin import prepare_run
-from flows.drive.run import load_what, parent_of, run_names
+from flows.drive.run import load_what, run_names
 from flows.recurring.chain import lengthened, scheduled_runs, unfinished
 from flows.recurring.sweep import last_loss
 from tests.flows.conftest import Api
@@ -85,7 +85,7 @@ def test_three_runs_over_growing_data_learn_on_and_nothing_new_ends_at_once(
     assert [what["train"]["steps"] for what in whats] == [STEPS, 2 * STEPS, 3 * STEPS, 4 * STEPS]
     assert len({what["data"]["digest"] for what in whats}) == 4  # each on the data as they were then
     for before, name, state in zip(names[:-1], names[1:], states[1:], strict=True):
-        parent = parent_of(state)
+        parent = state.parent
         assert parent is not None, name
         assert (parent["run"], parent["step"]) == (before, int(load_what(store, before)["train"]["steps"]))
     losses = [last_loss(store, name) or 0.0 for name in names]

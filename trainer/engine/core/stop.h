@@ -38,7 +38,8 @@ bool hs_stop_was_lost(const hs_stop *stop);
 
 /* Starts the second thread. Where "lost" arrives while the owner is busy, it calls fn, which must
  * not return: it ends the process. Until then the owner stays in what keeps it busy, or stops at
- * hs_stop_busy(stop, false): whatever it does outside of that, fn may do. HS_E_IO, HS_E_MEMORY. */
+ * hs_stop_busy(stop, false): whatever it does outside of that, fn may do.
+ * HS_E_MEMORY, or as hs_files_failed has it. */
 hs_status hs_stop_watch(hs_stop *stop, void (*fn)(void *ctx), void *ctx, hs_why *why);
 
 /* The owner enters or leaves what does not look. NULL allowed. */
